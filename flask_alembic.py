@@ -1,0 +1,4161 @@
+"""Database migrations for Flask, by Alembic, in one module.
+
+One object gives a Flask application Alembic's migrations: as ``flask db`` commands and as
+Python calls, for Flask-SQLAlchemy, Flask-SQLAlchemy-Lite and plain SQLAlchemy.
+
+    from flask_alembic import Alembic
+
+    alembic = Alembic(app)
+
+    with app.app_context():
+        alembic.revision("add users")
+        alembic.upgrade()
+
+Rooms, in order (``grep -n '^# -- '`` prints them): the extension that users call; what it
+keeps and reads; the databases it works on; the environment through which every migration
+goes; the guards around it; autogenerate; the quick look; the commands.
+"""
+
+from __future__ import annotations
+
+import ast
+import collections.abc as cabc
+import contextlib
+import dataclasses
+import dis
+import functools
+import logging
+import os
+import sys
+import threading
+import time
+import types
+import typing as t
+import weakref
+from contextvars import ContextVar
+
+import click
+import sqlalchemy as sa
+from click.core import ParameterSource
+from click.shell_completion import CompletionItem
+from flask import Flask
+from flask import current_app
+from flask import g
+from flask.cli import AppGroup
+from flask.cli import ScriptInfo
+from flask.helpers import get_debug_flag
+
+if t.TYPE_CHECKING:
+    from alembic.config import Config
+    from alembic.operations import MigrateOperation
+    from alembic.operations import MigrationScript
+    from alembic.operations import Operations
+    from alembic.runtime.environment import EnvironmentContext
+    from alembic.runtime.migration import MigrationContext
+    from alembic.runtime.migration import RevisionStep
+    from alembic.runtime.migration import StampStep
+    from alembic.script import Script
+    from alembic.script import ScriptDirectory
+    from sqlalchemy.ext.asyncio import AsyncEngine
+
+__all__ = [
+    "Alembic",
+    "DatabaseStatus",
+    "FlaskAlembicError",
+    "MigrationLockTimeout",
+    "PlannedStep",
+    "cli",
+]
+
+# -- Types and constants ---------------------------------------------------------------
+
+_R = t.TypeVar("_R")
+_Step: t.TypeAlias = "RevisionStep | StampStep"
+_Heads: t.TypeAlias = "tuple[str, ...]"
+#: What :meth:`Alembic.run_migrations` calls to learn which steps to run.
+StepFunction: t.TypeAlias = (
+    "cabc.Callable[[t.Any, MigrationContext], cabc.Iterable[_Step]]"
+)
+#: One revision or several: ids, unique prefixes, symbols such as ``users@head``, scripts.
+RevisionTarget: t.TypeAlias = "str | int | Script | cabc.Sequence[str | Script]"
+DatabaseNames: t.TypeAlias = "str | cabc.Sequence[str] | None"
+XArguments: t.TypeAlias = "cabc.Mapping[str, t.Any] | cabc.Sequence[str] | str | None"
+MetadataOption: t.TypeAlias = "sa.MetaData | cabc.Sequence[sa.MetaData]"
+EngineOption: t.TypeAlias = "sa.Engine | AsyncEngine"
+
+_logger: t.Final = logging.getLogger("flask_alembic")
+_MYSQL: t.Final = ("mysql", "mariadb")
+
+
+@dataclasses.dataclass(frozen=True)
+class DatabaseStatus:
+    """Where one database stands, as :meth:`Alembic.status` reports it."""
+
+    #: Revisions in the version table.
+    current: tuple[Script, ...]
+    #: Revisions that an upgrade leads to.
+    heads: tuple[Script, ...]
+    #: Revisions that an upgrade would run, in order; empty while ids are unknown.
+    pending: tuple[Script, ...]
+    #: Ids in the version table that no revision file has.
+    unknown: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class PlannedStep:
+    """One step of :meth:`Alembic.upgrade_plan` or :meth:`Alembic.downgrade_plan`."""
+
+    revision: Script
+    is_upgrade: bool
+    #: What the step drops: ``"table users"``, ``"column users.name"``.
+    drops: tuple[str, ...]
+    #: Why its operations could not be read without running it, or ``None``.
+    problem: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Progress:
+    """A step that starts (``seconds`` is ``None``) or is done."""
+
+    database: str
+    revision: Script
+    is_upgrade: bool
+    index: int
+    total: int
+    seconds: float | None
+
+
+_progress: t.Final[ContextVar[cabc.Callable[[_Progress], None] | None]] = ContextVar(
+    "flask_alembic_progress", default=None
+)
+
+
+# -- Errors ----------------------------------------------------------------------------
+
+
+class FlaskAlembicError(RuntimeError):
+    """Set-up or configuration is missing or wrong, or going on would not be safe."""
+
+
+class MigrationLockTimeout(FlaskAlembicError):
+    """Another process held a database's migration lock for too long.
+
+    :param database: Name of the database.
+    :param seconds: How long this process waited.
+    :param advice: How to find the holder.
+    """
+
+    def __init__(self, database: str, seconds: float, advice: str) -> None:
+        super().__init__(
+            f"The migration lock of database '{database}' is held by another connection;"
+            f" gave up after {seconds:.0f} s. To find the holder: {advice}. Set"
+            " 'migration_lock_timeout' in ALEMBIC to wait longer, or 'migration_lock' to"
+            " False to go without the lock."
+        )
+        self.database = database
+        self.seconds = seconds
+
+    def __reduce__(self) -> tuple[t.Any, ...]:
+        return RuntimeError.__new__, (type(self), *self.args), self.__dict__
+
+
+#: Key in an exception's ``__dict__``: ``"revision"`` when a revision's own code raised it,
+#: ``"connect"`` when the database could not be reached. Types alone do not tell.
+_ORIGIN: t.Final = "_flask_alembic_origin"
+
+
+def _is_user_error(error: BaseException) -> bool:
+    """Whether one line says all: wrong set-up, a wrong request, no connection."""
+    origin = error.__dict__.get(_ORIGIN)
+
+    if origin is not None:
+        return bool(origin == "connect")
+
+    if isinstance(error, FlaskAlembicError):
+        return True
+
+    # Where Alembic was never imported, it cannot have raised.
+    import sys
+
+    exc = sys.modules.get("alembic.util.exc")
+    return exc is not None and isinstance(error, exc.CommandError)
+
+
+def _user_message(error: BaseException) -> str:
+    """The one line for an error of which :func:`_is_user_error` is true."""
+    if error.__dict__.get(_ORIGIN) == "connect":
+        return str(error.__notes__[0])
+
+    return " ".join(str(error).split())
+
+
+def _command_error(message: str) -> Exception:
+    """Alembic's own error, imported when it is needed."""
+    from alembic.util import CommandError
+
+    return CommandError(message)
+
+
+# -- Extension -------------------------------------------------------------------------
+
+
+class Alembic:
+    """Alembic's migrations for Flask applications.
+
+    :param app: Application to set up; else call :meth:`init_app`.
+    :param run_mkdir: Make the migrations folder in :meth:`init_app` when it is missing.
+    :param command_name: Name of the command group; empty registers no commands.
+    :param metadatas: A metadata, a list of them (one database), or a dict of database
+        name to either. Found in Flask-SQLAlchemy when left out.
+    :param engines: An engine, sync or async, or a dict of database name to engine. Found
+        in Flask-SQLAlchemy and Flask-SQLAlchemy-Lite when left out.
+    """
+
+    def __init__(
+        self,
+        app: Flask | None = None,
+        *,
+        run_mkdir: bool = True,
+        command_name: str = "db",
+        metadatas: MetadataOption | cabc.Mapping[str, MetadataOption] | None = None,
+        engines: EngineOption | cabc.Mapping[str, EngineOption] | None = None,
+    ) -> None:
+        self.run_mkdir = run_mkdir
+        self.command_name = command_name
+        #: Metadata by database name, as given; empty when detection finds them.
+        self.metadatas: dict[str, MetadataOption] = _by_name(metadatas)
+        #: Engines by database name, as given.
+        self.engines: dict[str, EngineOption] = _by_name(engines)
+        self._caches: weakref.WeakKeyDictionary[Flask, _Cache] = (
+            weakref.WeakKeyDictionary()
+        )
+
+        if app is not None:
+            self.init_app(app)
+
+    def init_app(
+        self, app: Flask, run_mkdir: bool | None = None, command_name: str | None = None
+    ) -> None:
+        """Set up an application: configuration defaults, commands, migrations folder.
+
+        No database is touched. A folder that cannot be made is no error here; what needs
+        the folder says so when it is used.
+
+        :param app: Application to set up.
+        :param run_mkdir: Overrides the constructor's for this application.
+        :param command_name: Overrides the constructor's for this application.
+        :raises FlaskAlembicError: If ``ALEMBIC`` or ``ALEMBIC_CONTEXT`` cannot be used.
+        """
+        app.extensions["alembic"] = self
+        self._caches[app] = _Cache(self)
+        options = _config_dict(app, "ALEMBIC")
+        options.setdefault("script_location", "migrations")
+        options.setdefault("version_locations", [])
+        options.setdefault("path_separator", "os")
+        _config_dict(app, "ALEMBIC_CONTEXT").setdefault("compare_server_default", True)
+        settings = _read_settings(app)
+        app.teardown_appcontext(self._close_context)
+        name = self.command_name if command_name is None else command_name
+
+        if name:
+            app.cli.add_command(cli, name)
+
+        wanted = self.run_mkdir if run_mkdir is None else run_mkdir
+
+        if wanted and not os.path.isfile(settings.template):
+            with contextlib.suppress(FlaskAlembicError), app.app_context():
+                self.mkdir()
+
+    # What reaches Alembic's objects
+
+    @property
+    def config(self) -> Config:
+        """Alembic's configuration of the current application."""
+        cache = self._get_cache()
+
+        if cache.config is None:
+            cache.config = _alembic_config(cache.settings, self._configured_names())
+
+        return cache.config
+
+    @property
+    def script_directory(self) -> ScriptDirectory:
+        """The revision files; read again when one was added, removed or changed.
+
+        :raises FlaskAlembicError: If the folder is missing or a file cannot be loaded.
+        :raises CommandError: If the files form no history.
+        """
+        return self._get_cache().load_scripts(self.config)
+
+    @property
+    def environment_context(self) -> EnvironmentContext:
+        """Alembic's environment of the ``default`` or only database."""
+        from alembic.runtime.environment import EnvironmentContext
+
+        scope = self._scope()
+
+        if scope.environment is None:
+            config = _with_x(self.config, scope.x)
+            scope.environment = EnvironmentContext(config, self.script_directory)
+
+        return scope.environment
+
+    @property
+    def migration_contexts(self) -> dict[str, MigrationContext]:
+        """A migration context, with an open connection, per database name.
+
+        The connections stay open until the application context ends, or the method that
+        asked returns. With async engines, use it in :meth:`run_sync` only.
+        """
+        return {name: self._context(name) for name in self._scope().names(self)}
+
+    @property
+    def migration_context(self) -> MigrationContext:
+        """The migration context of the ``default`` or only database."""
+        contexts = self.migration_contexts
+        return contexts[_primary(contexts)]
+
+    @property
+    def ops(self) -> dict[str, Operations]:
+        """Alembic's operations per database name, each bound to its database."""
+        from alembic.operations import Operations
+
+        scope = self._scope()
+
+        for name, context in self.migration_contexts.items():
+            if (
+                name not in scope.ops
+                or scope.ops[name].migration_context is not context
+            ):
+                scope.ops[name] = Operations(context)
+
+        return {name: scope.ops[name] for name in scope.names(self)}
+
+    @property
+    def op(self) -> Operations:
+        """Alembic's operations on the ``default`` or only database."""
+        ops = self.ops
+        return ops[_primary(ops)]
+
+    @property
+    def script(self) -> ScriptDirectory:
+        """Short for :attr:`script_directory`."""
+        return self.script_directory
+
+    @property
+    def env(self) -> EnvironmentContext:
+        """Short for :attr:`environment_context`."""
+        return self.environment_context
+
+    @property
+    def context(self) -> MigrationContext:
+        """Short for :attr:`migration_context`."""
+        return self.migration_context
+
+    @property
+    def databases(self) -> tuple[str, ...]:
+        """Names of the databases that are migrated."""
+        return tuple(_find_targets(self.metadatas, self.engines))
+
+    def run_sync(self, fn: cabc.Callable[..., _R], *args: t.Any) -> _R:
+        """Call ``fn`` where the low-level objects of an async engine may be used.
+
+        With sync engines only, it is a plain call. With an async one, ``fn`` runs inside
+        an event loop of its own, and the connections that it opens through the
+        low-level objects are closed when it returns.
+
+        :param fn: Synchronous function.
+        :param args: Its arguments.
+        :return: What ``fn`` returns.
+        """
+        return self._call(lambda scope: fn(*args))
+
+    # What writes, in the order of the workflow
+
+    def mkdir(self) -> None:
+        """Make the migrations folder, the version locations and ``script.py.mako``.
+
+        What exists is left as it is, but for one thing: Alembic's own unchanged template
+        for one database gives way to the one for several, when there are several.
+
+        :raises FlaskAlembicError: If a folder or the file cannot be made.
+        """
+        settings = self._get_cache().settings
+        several = len(self._configured_names()) > 1
+        source = _stock_template("multidb" if several else "generic")
+        template = settings.template
+
+        try:
+            for folder in (settings.script_location, *settings.locations):
+                os.makedirs(folder, exist_ok=True)
+
+            if not os.path.isfile(template) or (
+                several and _same_content(template, _stock_template("generic"))
+            ):
+                import shutil
+
+                shutil.copyfile(source, template)
+        except OSError as error:
+            raise FlaskAlembicError(
+                f"Cannot make the migrations folder '{settings.script_location}':"
+                f" {error.strerror or error} ('{error.filename}')."
+            ) from error
+
+    def rev_id(self) -> str:
+        """Make the id of a new revision: the time in UTC seconds.
+
+        Override or assign it for ids of another kind. An id that is taken is never used:
+        digits are counted up, others are asked for again.
+        """
+        return str(int(time.time()))
+
+    def revision(
+        self,
+        message: str = "",
+        empty: bool = False,
+        branch: str = "default",
+        parent: RevisionTarget = "head",
+        splice: bool = False,
+        depend: RevisionTarget | None = None,
+        label: str | cabc.Sequence[str] | None = None,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        rev_id: str | None = None,
+        database: DatabaseNames = None,
+        x: XArguments = None,
+    ) -> list[Script]:
+        """Write a new revision file, filled by autogenerate.
+
+        The databases are read, never written.
+
+        :param message: First line of the file and part of its name.
+        :param empty: Write an empty revision, without looking at a database.
+        :param branch: Branch to continue; a new one is started, labelled and placed.
+        :param parent: Revision or revisions to follow; ``head`` is the branch's own.
+        :param splice: Allow a parent that is not a head.
+        :param depend: Revisions that must run before this one.
+        :param label: Further branch labels for it.
+        :param path: Version location to write to: a folder, or the name of a branch.
+        :param rev_id: Its id; see :meth:`rev_id`.
+        :param database: Databases to compare; all when left out.
+        :param x: Arguments for ``context.get_x_argument()``.
+        :return: The new revisions; none when autogenerate finds nothing.
+        :raises CommandError: If the request does not fit the history, or a database is
+            not at its heads.
+        :raises FlaskAlembicError: If no models were imported, or the template is missing
+            or made for another number of databases.
+        """
+        script = self.script_directory
+        self._check_template()
+        place = _place(self._get_cache().settings, script, branch, parent, label, path)
+        arguments = {
+            "message": message,
+            "autogenerate": not empty,
+            "sql": False,
+            "splice": splice,
+            "rev_id": self._free_id(script, rev_id),
+            "depends_on": _identifiers(depend) if depend is not None else None,
+            **place,
+        }
+
+        def work(scope: _Scope) -> list[Script]:
+            return _generate(self, scope, script, arguments)
+
+        if empty and not self._get_cache().settings.is_on("revision_environment"):
+            with self._open(None, x=x) as scope:
+                return work(scope)
+
+        return self._call(work, database, x=x)
+
+    def merge(
+        self,
+        revisions: RevisionTarget = "heads",
+        message: str | None = None,
+        label: str | cabc.Sequence[str] | None = None,
+        *,
+        rev_id: str | None = None,
+        splice: bool = False,
+    ) -> Script:
+        """Write a revision that joins several heads. No database is touched.
+
+        :param revisions: Revisions or branch names to join.
+        :param message: Its message.
+        :param label: Branch labels for it.
+        :param rev_id: Its id; see :meth:`rev_id`.
+        :param splice: Allow revisions that are not heads.
+        :raises CommandError: If there are fewer than two revisions to merge.
+        """
+        script = self.script_directory
+        self._check_template()
+        labels = {x for each in script.walk_revisions() for x in each.branch_labels}
+        wanted = [
+            f"{name}@head" if name in labels else name
+            for name in _as_list(_identifiers(revisions))
+        ]
+        found = [s for name in wanted for s in _scripts(script, name)]
+        unique = list({s.revision: s for s in found}.values())
+
+        if len(unique) < 2:
+            raise _command_error(
+                "A merge needs at least two revisions; there is only"
+                f" {', '.join(s.revision for s in unique) or 'none'}."
+            )
+
+        arguments = {
+            "message": message if message is not None else "merge",
+            "autogenerate": False,
+            "sql": False,
+            "head": [s.revision for s in unique],
+            "splice": splice,
+            "branch_label": _as_list(label) or None,
+            "version_path": None,
+            "rev_id": self._free_id(script, rev_id),
+            "depends_on": None,
+        }
+
+        with self._open(None) as scope:
+            return _generate(self, scope, script, arguments)[0]
+
+    def upgrade(
+        self,
+        target: RevisionTarget = "heads",
+        *,
+        database: DatabaseNames = None,
+        tag: str | None = None,
+        x: XArguments = None,
+    ) -> list[Script]:
+        """Run the revisions that lead up to ``target``. See :meth:`run_migrations`.
+
+        :param target: Revision to reach; an int, or digits that are no id, counts steps.
+        :param database: Databases to migrate; all when left out.
+        :param tag: Value for ``context.get_tag_argument()``.
+        :param x: Arguments for ``context.get_x_argument()``.
+        :return: The revisions that ran, in order.
+        :raises CommandError: If the target, or an id in a database, is unknown.
+        :raises MigrationLockTimeout: If another process holds the lock for too long.
+        """
+
+        def work(scope: _Scope) -> list[Script]:
+            if target == "heads" and self._is_current(scope):
+                return []
+
+            self.run_migrations(_Steps(self, "upgrade", target))
+            return list(scope.ran.values())
+
+        return self._call(work, database, tag=tag, x=x)
+
+    def downgrade(
+        self,
+        target: RevisionTarget = -1,
+        *,
+        database: DatabaseNames = None,
+        tag: str | None = None,
+        x: XArguments = None,
+    ) -> list[Script]:
+        """Run the downgrades that lead down to ``target``. See :meth:`run_migrations`.
+
+        :param target: Revision to go back to; an int, of either sign, counts steps down.
+        :param database: Databases to migrate; all when left out.
+        :param tag: Value for ``context.get_tag_argument()``.
+        :param x: Arguments for ``context.get_x_argument()``.
+        :return: The revisions that were taken back, in order.
+        :raises CommandError: If the target, or an id in a database, is unknown.
+        :raises MigrationLockTimeout: If another process holds the lock for too long.
+        """
+
+        def work(scope: _Scope) -> list[Script]:
+            self.run_migrations(_Steps(self, "downgrade", target))
+            return list(scope.ran.values())
+
+        return self._call(work, database, tag=tag, x=x)
+
+    def stamp(
+        self,
+        target: RevisionTarget = "heads",
+        *,
+        purge: bool = False,
+        database: DatabaseNames = None,
+        tag: str | None = None,
+        x: XArguments = None,
+    ) -> tuple[Script, ...]:
+        """Write ``target`` into the version tables without running a revision.
+
+        :param target: Revision or revisions.
+        :param purge: Empty the version tables first, whatever they hold.
+        :param database: Databases to stamp; all when left out.
+        :param tag: Value for ``context.get_tag_argument()``.
+        :param x: Arguments for ``context.get_x_argument()``.
+        :return: The revisions that are current now.
+        :raises CommandError: If the target, or an id in a database, is unknown.
+        :raises MigrationLockTimeout: If another process holds the lock for too long.
+        """
+
+        def work(scope: _Scope) -> tuple[Script, ...]:
+            self.run_migrations(_Steps(self, "stamp", target, purge=purge))
+            return self._current(scope)
+
+        return self._call(work, database, tag=tag, x=x)
+
+    def ensure_version(self, database: DatabaseNames = None) -> None:
+        """Make the version tables that are missing.
+
+        :param database: Databases to look at; all when left out.
+        :raises MigrationLockTimeout: If another process holds the lock for too long.
+        """
+
+        def work(scope: _Scope) -> None:
+            self.run_migrations(_Steps(self, "ensure-version", ()))
+
+        self._call(work, database)
+
+    def run_migrations(self, fn: StepFunction, **kwargs: t.Any) -> None:
+        """Run steps on the databases: the one way of every migration.
+
+        The databases' locks are taken first, then all transactions are opened, then the
+        steps run, then the transactions are committed. What the databases can roll back
+        is rolled back when anything fails; the error has a note that says what was not.
+        PostgreSQL and SQLite roll back completely; MySQL and MariaDB commit DDL by
+        themselves. ``ALEMBIC_CONTEXT`` options such as ``transaction_per_migration``
+        change this as they do in Alembic.
+
+        :param fn: Called as ``fn(heads, migration_context)``, returns the steps to run.
+        :param kwargs: Passed to each ``upgrade`` or ``downgrade`` function.
+        :raises MigrationLockTimeout: If another process holds the lock for too long.
+        """
+        if _running.get():
+            raise FlaskAlembicError(
+                "A migration is running here already: a revision cannot start another."
+            )
+
+        scope = self._scope()
+
+        if scope is scope.base:
+            self._call(lambda scope: _run_online(self, scope, fn, kwargs))
+        else:
+            # Called by a method such as 'upgrade': the databases are the ones it chose.
+            _run_online(self, scope, fn, kwargs)
+
+    # What makes SQL instead of connecting
+
+    def upgrade_sql(
+        self,
+        target: RevisionTarget = "heads",
+        start: str = "base",
+        *,
+        database: DatabaseNames = None,
+        tag: str | None = None,
+        x: XArguments = None,
+    ) -> dict[str, str]:
+        """Make the SQL script of an upgrade. No connection is made.
+
+        :param target: Revision to reach.
+        :param start: Revision that the database has; ``current`` reads it there.
+        :param database: Databases to write for; all when left out.
+        :param tag: Value for ``context.get_tag_argument()``.
+        :param x: Arguments for ``context.get_x_argument()``.
+        :return: Script by database name.
+        :raises CommandError: If the range is none, or a revision needs a connection.
+        """
+        steps = _Steps(self, "upgrade", target, start=start)
+        return self._sql(steps, database, tag, x)
+
+    def downgrade_sql(
+        self,
+        target: RevisionTarget,
+        start: str,
+        *,
+        database: DatabaseNames = None,
+        tag: str | None = None,
+        x: XArguments = None,
+    ) -> dict[str, str]:
+        """Make the SQL script of a downgrade. See :meth:`upgrade_sql`."""
+        steps = _Steps(self, "downgrade", target, start=start)
+        return self._sql(steps, database, tag, x)
+
+    def stamp_sql(
+        self,
+        target: RevisionTarget = "heads",
+        start: str = "base",
+        *,
+        database: DatabaseNames = None,
+        tag: str | None = None,
+        x: XArguments = None,
+    ) -> dict[str, str]:
+        """Make the SQL script of a stamp. See :meth:`upgrade_sql`."""
+        return self._sql(_Steps(self, "stamp", target, start=start), database, tag, x)
+
+    def ensure_version_sql(self, database: DatabaseNames = None) -> dict[str, str]:
+        """Make the SQL script that makes the version table. See :meth:`upgrade_sql`."""
+        return self._sql(_Steps(self, "ensure-version", ()), database, None, None)
+
+    # What only reads
+
+    def current(self, database: DatabaseNames = None) -> tuple[Script, ...]:
+        """Get the revisions in the version tables.
+
+        :param database: Databases to read; all when left out.
+        :raises CommandError: If a database has an id that no file has.
+        """
+        return self._call(self._current, database)
+
+    def heads(self, resolve_dependencies: bool = False) -> tuple[Script, ...]:
+        """Get the revisions that no other follows.
+
+        :param resolve_dependencies: Leave out those that another branch depends on.
+        """
+        script = self.script_directory
+        names = "heads" if resolve_dependencies else script.get_heads()
+        return tuple(script.get_revisions(names))
+
+    def branches(self) -> list[Script]:
+        """Get the revisions that more than one other follows."""
+        return [s for s in self.script_directory.walk_revisions() if s.is_branch_point]
+
+    def diverged(self) -> dict[str, list[Script]]:
+        """Get the branches that have more than one head, by label, with their heads."""
+        found: dict[str, list[Script]] = {}
+
+        for head in self.heads():
+            found.setdefault(", ".join(sorted(head.branch_labels)), []).append(head)
+
+        return {
+            name or "default": each for name, each in found.items() if len(each) > 1
+        }
+
+    def log(
+        self, start: RevisionTarget = "base", end: RevisionTarget = "heads"
+    ) -> list[Script]:
+        """Get the revisions from ``end`` down to ``start``, both included."""
+        script = self.script_directory
+        lower, upper = (_identifiers(each) for each in (start, end))
+        return list(script.walk_revisions(t.cast(str, lower), t.cast(str, upper)))
+
+    def status(self, database: DatabaseNames = None) -> dict[str, DatabaseStatus]:
+        """Tell where each database stands. Nothing is written, no table is made.
+
+        :param database: Databases to read; all when left out.
+        """
+
+        def work(scope: _Scope) -> dict[str, DatabaseStatus]:
+            script = self.script_directory
+            heads = tuple(script.get_revisions("heads"))
+            result = {}
+
+            for name, rows in self._rows(scope).items():
+                unknown = _unknown(script, rows)
+                known = tuple(each for each in rows if each not in unknown)
+                steps = [] if unknown else _upgrade_steps(script, "heads", rows)
+                result[name] = DatabaseStatus(
+                    current=tuple(script.get_revisions(known)),
+                    heads=heads,
+                    pending=tuple(step.revision for step in steps),
+                    unknown=unknown,
+                )
+
+            return result
+
+        return self._call(work, database)
+
+    def needs_upgrade(self, database: DatabaseNames = None) -> bool:
+        """Tell whether :meth:`upgrade` would run anything.
+
+        :param database: Databases to read; all when left out.
+        :raises CommandError: If a database has an id that no file has.
+        """
+
+        def work(scope: _Scope) -> bool:
+            if self._is_current(scope):
+                return False
+
+            return any(_pending(self, scope, _Steps(self, "upgrade", "heads")).values())
+
+        return self._call(work, database)
+
+    def needs_revision(self, database: DatabaseNames = None) -> bool:
+        """Tell whether models and database differ, as :meth:`compare_metadata` does."""
+        return bool(self.compare_metadata(database))
+
+    def compare_metadata(self, database: DatabaseNames = None) -> list[t.Any]:
+        """List the differences between models and databases, as Alembic's tuples.
+
+        :param database: Databases to compare; all when left out.
+        """
+        script = self.produce_migrations(database)
+        return [diff for ops in script.upgrade_ops_list for diff in ops.as_diffs()]
+
+    def produce_migrations(self, database: DatabaseNames = None) -> MigrationScript:
+        """Make the operations that would bring the databases to the models.
+
+        With several databases, the script's ``upgrade_ops_list`` has an entry for each.
+
+        :param database: Databases to compare; all when left out.
+        """
+        return self._call(lambda scope: _produce(self), database)
+
+    def upgrade_plan(
+        self,
+        target: RevisionTarget = "heads",
+        *,
+        database: DatabaseNames = None,
+        tag: str | None = None,
+        x: XArguments = None,
+    ) -> dict[str, list[PlannedStep]]:
+        """Tell what :meth:`upgrade` would run, and what that would drop.
+
+        The revisions' functions are called with operations that record and do nothing.
+
+        :param target: Revision to reach.
+        :param database: Databases to read; all when left out.
+        :param tag: Value for ``context.get_tag_argument()``.
+        :param x: Arguments for ``context.get_x_argument()``.
+        :return: Steps by database name, in the order in which they would run.
+        """
+        steps = _Steps(self, "upgrade", target)
+        return self._call(
+            lambda scope: _plan(self, scope, steps), database, tag=tag, x=x
+        )
+
+    def downgrade_plan(
+        self,
+        target: RevisionTarget = -1,
+        *,
+        database: DatabaseNames = None,
+        tag: str | None = None,
+        x: XArguments = None,
+    ) -> dict[str, list[PlannedStep]]:
+        """Tell what :meth:`downgrade` would run. See :meth:`upgrade_plan`."""
+        steps = _Steps(self, "downgrade", target)
+        return self._call(
+            lambda scope: _plan(self, scope, steps), database, tag=tag, x=x
+        )
+
+    # Private
+
+    def _get_cache(self) -> _Cache:
+        """What is kept for the current application. Subclasses reach it by this name."""
+        app = current_app._get_current_object()  # type: ignore[attr-defined]  # noqa: SLF001
+
+        if app not in self._caches:
+            raise FlaskAlembicError(
+                "The current application is not set up: call 'alembic.init_app(app)'."
+            )
+
+        return self._caches[app]
+
+    def _configured_names(self) -> tuple[str, ...]:
+        """Database names that need no look at the application's engines."""
+        return tuple(self.metadatas) or ("default",)
+
+    def _scope(self) -> _Scope:
+        """The innermost scope of this extension in this application context."""
+        bases: dict[Alembic, _Scope] = g.setdefault("_flask_alembic", {})
+        base = bases.setdefault(self, _Scope(None))
+
+        for scope in reversed(_scopes.get()):
+            if scope.base is base:
+                return scope
+
+        return base
+
+    def _close_context(self, error: BaseException | None = None) -> None:
+        """Give back what the low-level objects hold, when the context ends."""
+        scope = g.pop("_flask_alembic", {}).get(self)
+
+        if scope is not None:
+            scope.close()
+
+    @contextlib.contextmanager
+    def _open(
+        self,
+        targets: dict[str, _Target] | None,
+        *,
+        tag: str | None = None,
+        x: XArguments = None,
+    ) -> cabc.Iterator[_Scope]:
+        """Open the scope of one method: what it opens is given back at its end."""
+        scope = _Scope(self._scope(), targets, tag, _x_list(x))
+        token = _scopes.set((*_scopes.get(), scope))
+
+        try:
+            yield scope
+        finally:
+            _scopes.reset(token)
+            scope.close()
+
+    def _call(
+        self,
+        work: cabc.Callable[[_Scope], _R],
+        database: DatabaseNames = None,
+        **options: t.Any,
+    ) -> _R:
+        """Do a method's work in a scope, in an event loop where a driver needs one."""
+        targets = _find_targets(self.metadatas, self.engines)
+        _check_version_tables(targets)
+        chosen = _select(targets, database)
+
+        def inside() -> _R:
+            with self._open(chosen, **options) as scope:
+                return work(scope)
+
+        if any(target.is_async for target in chosen.values()):
+            return _in_loop(inside)
+
+        return inside()
+
+    def _context(self, name: str) -> MigrationContext:
+        """The migration context of one database, opened when there is none."""
+        from alembic.runtime.environment import EnvironmentContext
+
+        scope = self._scope()
+        found = scope.find(name)
+
+        if found is None:
+            names = scope.names(self)
+            environment = (
+                self.environment_context
+                if name == names[0] and scope.environment is None
+                else EnvironmentContext(
+                    _with_x(self.config, scope.x), self.script_directory
+                )
+            )
+            connection = scope.connect(self, name)
+            environment.configure(connection=connection, **_options(self, name))
+            found = scope.contexts[name] = environment.get_context()
+
+        return found
+
+    def _rows(self, scope: _Scope) -> dict[str, _Heads]:
+        """The ids in each database's version table."""
+        rows = {}
+
+        for name, context in self.migration_contexts.items():
+            with _left_as_found(context.connection):
+                rows[name] = context.get_current_heads()
+
+        return rows
+
+    def _current(self, scope: _Scope) -> tuple[Script, ...]:
+        script = self.script_directory
+        found: dict[str, Script] = {}
+
+        for name, rows in self._rows(scope).items():
+            _refuse_unknown(script, rows, name)
+            found.update((s.revision, s) for s in script.get_revisions(rows))
+
+        return tuple(found.values())
+
+    def _is_current(self, scope: _Scope) -> bool:
+        """Whether there is surely nothing to run, found without importing Alembic."""
+        overridable: tuple[str, ...] = (
+            "config",
+            "script_directory",
+            "environment_context",
+        )
+        overridable += ("migration_contexts", "run_migrations")
+        settings = self._get_cache().settings
+
+        if any(
+            getattr(type(self), x) is not getattr(Alembic, x) for x in overridable
+        ) or (
+            settings.is_on("sourceless")
+            or settings.is_on("recursive_version_locations")
+        ):
+            return False
+
+        heads = _quick_heads(settings.locations)
+        return bool(heads) and all(
+            _version_rows(scope.connect(self, name), _own_options(name))
+            == sorted(heads or ())
+            for name in scope.names(self)
+        )
+
+    def _sql(
+        self, steps: _Steps, database: DatabaseNames, tag: str | None, x: XArguments
+    ) -> dict[str, str]:
+        if steps.start == "current":
+            return self._call(
+                lambda scope: _run_offline(self, scope, steps, self._rows(scope)),
+                database,
+                tag=tag,
+                x=x,
+            )
+
+        chosen = _select(_find_targets(self.metadatas, self.engines), database)
+
+        with self._open(chosen, tag=tag, x=x) as scope:
+            return _run_offline(self, scope, steps, None)
+
+    def _check_template(self) -> None:
+        """Refuse a template that would write a file without its operations."""
+        template = self._get_cache().settings.template
+
+        if not os.path.isfile(template):
+            raise FlaskAlembicError(f"'{template}' is missing: run 'flask db mkdir'.")
+
+        names = self._configured_names()
+
+        if len(names) < 2:
+            return
+
+        bad = sorted(name for name in names if not name.isidentifier())
+
+        if bad:
+            raise FlaskAlembicError(
+                f"Names of several databases become names of functions; {_quoted(bad)}"
+                " cannot. Rename the keys of 'metadatas'."
+            )
+
+        with open(template, encoding="utf-8") as file:
+            if "_upgrades" not in file.read():
+                raise FlaskAlembicError(
+                    f"'{template}' writes revisions for one database, but there are"
+                    f" {len(names)}. Move it away, then run 'flask db mkdir'."
+                )
+
+    def _free_id(self, script: ScriptDirectory, wanted: str | None) -> str:
+        """An id that no revision has."""
+        taken = {each.revision for each in script.walk_revisions()}
+
+        if wanted is not None:
+            if wanted in taken:
+                raise _command_error(f"There is a revision '{wanted}' already.")
+
+            return wanted
+
+        for _ in range(100):
+            new = str(self.rev_id())
+
+            while new.isdecimal() and new in taken:
+                new = str(int(new) + 1).zfill(len(new))
+
+            if new not in taken:
+                return new
+
+        raise _command_error(f"'rev_id' makes only ids that are taken, as '{new}'.")
+
+
+# -- State -----------------------------------------------------------------------------
+# Three lifetimes: the extension keeps what its constructor was given, a cache keeps what
+# belongs to an application, a scope keeps what is open: for a method until it returns,
+# for the low-level objects until the application context ends.
+
+
+class _Cache:
+    """What is kept for one application: its configuration and its revision files."""
+
+    def __init__(self, extension: Alembic) -> None:
+        self.config: Config | None = None
+        self._extension = weakref.proxy(extension)
+        self._settings: _Settings | None = None
+        self._scripts: tuple[Config, t.Any, ScriptDirectory] | None = None
+        self._lock = threading.Lock()
+
+    @property
+    def settings(self) -> _Settings:
+        if self._settings is None:
+            self._settings = _read_settings(current_app)
+
+        return self._settings
+
+    def clear(self) -> None:
+        """Forget all, and give back what this application context holds open."""
+        self.config = self._settings = self._scripts = None
+        scope: _Scope | None = self._extension._scope()  # noqa: SLF001
+
+        while scope is not None:
+            scope.close()
+            scope = scope.outer
+
+    def load_scripts(self, config: Config) -> ScriptDirectory:
+        """The revision files, read again when they have changed."""
+        # Two threads must not load twice, and neither may see half a history.
+        with self._lock:
+            known = self._scripts
+
+            if known and known[0] is config and known[1] == _script_signature(known[2]):
+                return known[2]
+
+            script, signature = _load_scripts(config)
+            self._scripts = (config, signature, script)
+            return script
+
+
+class _Scope:
+    """What one method, or one application context, has open."""
+
+    def __init__(
+        self,
+        outer: _Scope | None,
+        targets: dict[str, _Target] | None = None,
+        tag: str | None = None,
+        x: list[str] | None = None,
+    ) -> None:
+        self.outer = outer
+        self.base: _Scope = outer.base if outer else self
+        self.tag = tag
+        self.x = x
+        self.environment: EnvironmentContext | None = None
+        self.contexts: dict[str, MigrationContext] = {}
+        self.ops: dict[str, Operations] = {}
+        #: The revisions that the last run completed, by id.
+        self.ran: dict[str, Script] = {}
+        self._targets = targets
+        self._connections: dict[str, sa.Connection] = {}
+        self._open = contextlib.ExitStack()
+
+    def targets(self, extension: Alembic) -> dict[str, _Target]:
+        """The databases of this scope: those that were asked for, or all."""
+        if self._targets is None:
+            if self.outer is not None:
+                return self.outer.targets(extension)
+
+            self._targets = _find_targets(extension.metadatas, extension.engines)
+
+        return self._targets
+
+    def names(self, extension: Alembic) -> list[str]:
+        return list(self.targets(extension))
+
+    def find(self, name: str) -> MigrationContext | None:
+        """The open migration context of a database, here or further out."""
+        if name in self.contexts or self.outer is None:
+            return self.contexts.get(name)
+
+        return self.outer.find(name)
+
+    def connect(self, extension: Alembic, name: str) -> sa.Connection:
+        """The connection to a database, opened when there is none, here or further out."""
+        scope: _Scope | None = self
+
+        while scope is not None:
+            if name in scope._connections:
+                return scope._connections[name]
+
+            scope = scope.outer
+
+        target = self.targets(extension)[name]
+
+        if target.is_async and self.outer is None:
+            raise FlaskAlembicError(
+                f"Database '{name}' has an async engine: use the low-level objects inside"
+                " of 'alembic.run_sync(fn)'."
+            )
+
+        connection = self._open.enter_context(_connect(target))
+        self._connections[name] = connection
+        return connection
+
+    def close(self) -> None:
+        """Give every connection back to its pool."""
+        self.environment = None
+        self.contexts.clear()
+        self.ops.clear()
+        self._connections.clear()
+        self._open.close()
+
+
+_scopes: t.Final[ContextVar[tuple[_Scope, ...]]] = ContextVar(
+    "flask_alembic_scopes", default=()
+)
+
+
+# -- Configuration ---------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Settings:
+    """``app.config["ALEMBIC"]``, checked and cast."""
+
+    #: Absolute path of the migrations folder.
+    script_location: str
+    #: Branch (or none) and absolute path of each version location.
+    branches: tuple[tuple[str | None, str], ...]
+    #: Where to resolve further relative paths.
+    root: str
+    #: Sections of ``alembic.ini``, the main one under ``""``; ready for ConfigParser.
+    sections: dict[str, dict[str, str]]
+    migration_lock: bool
+    migration_lock_timeout: float | None
+    lock_timeout: float | None
+    statement_timeout: float | None
+    exclude_tables: tuple[str, ...]
+
+    @property
+    def locations(self) -> list[str]:
+        return list(dict.fromkeys(path for _, path in self.branches))
+
+    @property
+    def template(self) -> str:
+        return os.path.join(self.script_location, "script.py.mako")
+
+    def is_on(self, key: str) -> bool:
+        return self.sections[""].get(key) == "true"
+
+
+_PLACES: t.Final = ("script_location", "version_locations")
+_OWN_DEFAULTS: t.Final[dict[str, t.Any]] = {
+    "migration_lock": True,
+    "migration_lock_timeout": 300,
+    "lock_timeout": None,
+    "statement_timeout": None,
+    "exclude_tables": [],
+}
+_SEPARATORS: t.Final = {
+    "space": " ",
+    "newline": "\n",
+    "os": os.pathsep,
+    ":": ":",
+    ";": ";",
+}
+
+
+def _bad_value(key: str, value: t.Any, expected: str) -> FlaskAlembicError:
+    return FlaskAlembicError(f"ALEMBIC['{key}'] must be {expected}, not {value!r}.")
+
+
+def _config_dict(app: Flask, name: str) -> dict[str, t.Any]:
+    """One of our dicts in the application's configuration, made when missing."""
+    options = app.config.setdefault(name, {})
+
+    if not isinstance(options, dict) or not all(
+        isinstance(key, str) for key in options
+    ):
+        raise FlaskAlembicError(
+            f"The configuration value '{name}' must be a dict with names as keys, not"
+            f" {options!r}."
+        )
+
+    return options
+
+
+def _read_settings(app: Flask) -> _Settings:
+    """Read, check and cast ``app.config["ALEMBIC"]``: the only place that does."""
+    options = dict(_config_dict(app, "ALEMBIC"))
+    own = {key: options.pop(key, default) for key, default in _OWN_DEFAULTS.items()}
+    _refuse_misspelt(options)
+
+    for key in ("migration_lock_timeout", "lock_timeout", "statement_timeout"):
+        value = own[key]
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+
+        if value is not None and not (number and 0 <= value < 10**9):
+            raise _bad_value(key, value, "a number of seconds, or None")
+
+    if not isinstance(own["migration_lock"], bool):
+        raise _bad_value("migration_lock", own["migration_lock"], "True or False")
+
+    globs = own["exclude_tables"]
+
+    if not isinstance(globs, (list, tuple)) or not all(
+        isinstance(x, str) for x in globs
+    ):
+        raise _bad_value("exclude_tables", globs, "a list of globs")
+
+    separator = options.get("path_separator", "os")
+
+    if separator not in _SEPARATORS:
+        raise _bad_value("path_separator", separator, f"one of {_quoted(_SEPARATORS)}")
+
+    script_location, version_locations = (options.pop(key, None) for key in _PLACES)
+    root = os.path.abspath(app.root_path)
+    home = _folder(root, script_location or "migrations", "script_location")
+    branches = _version_locations(root, home, version_locations, _SEPARATORS[separator])
+    folders = [path for _, path in branches]
+
+    if any(_SEPARATORS[separator] in path for path in folders):
+        raise FlaskAlembicError(
+            f"A folder of {_quoted(folders)} contains the separator of paths: set"
+            " ALEMBIC['path_separator'] to another one, such as 'newline'."
+        )
+
+    # These two are literal paths: a percent sign in them stands for itself.
+    main = {
+        "script_location": home.replace("%", "%%"),
+        "version_locations": _SEPARATORS[separator]
+        .join(dict.fromkeys(folders))
+        .replace("%", "%%"),
+    }
+    sections = {"": main}
+    known = {*options, *main, "here"}
+
+    for key, value in options.items():
+        if isinstance(value, dict):
+            sections[key] = {
+                f"{name}": _cast(f"{key}']['{name}", each, known, ", ")
+                for name, each in value.items()
+                if each is not None
+            }
+        elif value is not None:
+            joint = _SEPARATORS[separator] if key == "prepend_sys_path" else ", "
+            main[key] = _cast(key, value, known, joint)
+
+    own["exclude_tables"] = tuple(globs)
+    return _Settings(home, branches, root, sections, **own)
+
+
+def _refuse_misspelt(options: cabc.Iterable[str]) -> None:
+    """Refuse a key that is nearly one of ours: it would be passed on, and do nothing."""
+    for key in options:
+        if "lock" in key or "timeout" in key or "exclude" in key:
+            import difflib
+
+            near = difflib.get_close_matches(key, _OWN_DEFAULTS, 1, 0.75)
+
+            if near:
+                raise FlaskAlembicError(
+                    f"ALEMBIC has an unknown key '{key}': did you mean '{near[0]}'?"
+                )
+
+
+def _cast(key: str, value: t.Any, known: cabc.Container[str], joint: str) -> str:
+    """A value as ConfigParser takes it: a string whose percent signs are doubled.
+
+    A sign that is doubled already stays, and so does a reference to another key.
+    """
+    import re
+
+    if isinstance(value, bool):
+        return "true" if value else "false"
+
+    if isinstance(value, (list, tuple)):
+        return joint.join(_cast(key, each, known, joint) for each in value)
+
+    if not isinstance(value, (str, int, os.PathLike)):
+        raise _bad_value(key, value, "a str, int, bool, Path or list of them")
+
+    def double(match: re.Match[str]) -> str:
+        return match[0] if match[1] in known else "%%" + match[0].lstrip("%")
+
+    text = str(os.fspath(value) if isinstance(value, os.PathLike) else value)
+    return re.sub(r"%%|%\((\w+)\)s|%", double, text)
+
+
+def _folder(root: str, value: t.Any, key: str) -> str:
+    """The absolute path of a folder, given as a path or as ``package:folder``."""
+    if not isinstance(value, (str, os.PathLike)) or not os.fspath(value):
+        raise _bad_value(key, value, "a path")
+
+    path = os.fspath(value)
+
+    if not isinstance(path, str):
+        raise _bad_value(key, value, "a path of text")
+
+    package, colon, rest = path.partition(":")
+
+    if colon and package.replace(".", "").isidentifier() and not os.path.isabs(path):
+        import importlib.util
+
+        try:
+            spec = importlib.util.find_spec(package)
+        except ImportError:
+            spec = None
+
+        if spec is None or not spec.submodule_search_locations:
+            raise _bad_value(key, value, f"a path; there is no package '{package}'")
+
+        return os.path.normpath(os.path.join(spec.submodule_search_locations[0], rest))
+
+    return os.path.normpath(os.path.join(root, path))
+
+
+def _version_locations(
+    root: str, home: str, value: t.Any, separator: str
+) -> tuple[tuple[str | None, str], ...]:
+    """The version locations: the migrations folder, then those that are configured."""
+    key = "version_locations"
+
+    if isinstance(value, str):
+        value = [each.strip() for each in value.split(separator) if each.strip()]
+
+    if not isinstance(value, (list, tuple, type(None))):
+        raise _bad_value(key, value, "a list of paths and (branch, path) pairs")
+
+    versions = os.path.join(home, "versions")
+    # Flask-Migrate and Alembic keep revisions in 'versions', beside an 'env.py' that we
+    # must not run; the predecessor keeps them in the folder itself.
+    found: list[tuple[str | None, str]] = [
+        (None, versions if _is_nested(home) else home)
+    ]
+
+    for item in value or ():
+        branch: t.Any = None
+
+        if isinstance(item, (list, tuple)):
+            if len(item) != 2 or not isinstance(item[0], str):
+                raise _bad_value(key, item, "a path or a (branch, path) pair")
+
+            branch, item = item
+
+        found.append((branch, _folder(root, item, key)))
+
+    return tuple(found)
+
+
+def _is_nested(home: str) -> bool:
+    """Whether the revisions are in ``versions``, as Alembic and Flask-Migrate lay out."""
+    if not os.path.isdir(os.path.join(home, "versions")):
+        return False
+
+    names = os.listdir(home)
+    return "env.py" in names or not any(
+        name.endswith(".py") and name != "__init__.py" for name in names
+    )
+
+
+def _alembic_config(settings: _Settings, names: cabc.Sequence[str]) -> Config:
+    """Alembic's own configuration object, holding the settings."""
+    from alembic.config import Config
+
+    config = Config()
+
+    for section, options in settings.sections.items():
+        for key, value in options.items():
+            config.set_section_option(section or config.config_ini_section, key, value)
+
+    if len(names) > 1:
+        # Alembic's template for several databases asks for it.
+        config.set_main_option("databases", ", ".join(names))
+
+    return config
+
+
+def _with_x(config: Config, x: list[str] | None) -> Config:
+    """The configuration with the arguments for ``context.get_x_argument()``."""
+    if not x:
+        return config
+
+    import copy
+    from argparse import Namespace
+
+    config = copy.copy(config)
+    config.cmd_opts = Namespace(x=x)
+    return config
+
+
+def _x_list(x: XArguments) -> list[str]:
+    """Arguments as Alembic's command line has them: a list of ``KEY=VALUE``."""
+    if isinstance(x, cabc.Mapping):
+        return [f"{key}={value}" for key, value in x.items()]
+
+    return [x] if isinstance(x, str) else [*(x or ())]
+
+
+def _own_options(name: str) -> dict[str, t.Any]:
+    """The ``configure`` options of one database: the common ones, then its own."""
+    options = dict(_config_dict(current_app, "ALEMBIC_CONTEXT"))
+    own = options.pop(name, None)
+    return {**options, **own} if isinstance(own, dict) else options
+
+
+def _options(extension: Alembic, name: str) -> dict[str, t.Any]:
+    """All ``configure`` options of one database, with our defaults and hooks."""
+    import inspect
+
+    from alembic.runtime.environment import EnvironmentContext
+
+    targets = extension._scope().base.targets(extension)
+    target = targets[name]
+    options = _own_options(name)
+    parameters = inspect.signature(EnvironmentContext.configure).parameters
+
+    # The other databases' own options, and dicts that are meant for a database.
+    for key, value in list(options.items()):
+        if isinstance(value, dict) and key not in parameters:
+            if key not in targets and key not in extension.engines:
+                raise FlaskAlembicError(
+                    f"ALEMBIC_CONTEXT has options for '{key}', which is no database:"
+                    f" there are {_quoted(targets)}."
+                )
+
+            del options[key]
+
+    if target.engine.dialect.name == "sqlite":
+        # SQLite can alter little in place, and does roll DDL back when it is asked to.
+        options.setdefault("render_as_batch", True)
+        options.setdefault("transactional_ddl", True)
+
+    if len(targets) > 1:
+        options.update(
+            zip(("upgrade_token", "downgrade_token"), _tokens(extension, name))
+        )
+
+    options.setdefault("target_metadata", target.metadata)
+    options["database_name"] = name
+
+    if "process_revision_directives" in options:
+        hook = options["process_revision_directives"]
+        options["process_revision_directives"] = hook and _keeping_scripts(hook)
+
+    return _autogenerate_hooks(
+        options,
+        exclude=extension._get_cache().settings.exclude_tables,
+        version_table=options.get("version_table", "alembic_version"),
+        version_table_schema=options.get("version_table_schema"),
+    )
+
+
+# -- Engines and metadata --------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Target:
+    """One database: its name, its (sync side of the) engine, its metadata."""
+
+    name: str
+    engine: sa.Engine
+    metadata: list[sa.MetaData]
+
+    @property
+    def is_async(self) -> bool:
+        return self.engine.dialect.is_async
+
+    @property
+    def url(self) -> str:
+        """The address without its password."""
+        return self.engine.url.render_as_string(hide_password=True)
+
+    @functools.cached_property
+    def identity(self) -> tuple[str, ...]:
+        """What tells this database from others, as far as the URL says."""
+        url = self.engine.url
+        kind = (
+            "mysql" if self.engine.dialect.name in _MYSQL else self.engine.dialect.name
+        )
+        path = url.database or ""
+
+        if kind == "sqlite":
+            path = path.removeprefix("file:").partition("?")[0]
+
+            if path in ("", ":memory:") or url.query.get("mode") == "memory":
+                return (kind, str(id(self.engine)))
+
+            return (kind, os.path.realpath(path))
+
+        where = {
+            key: str(url.query.get(key, "")) for key in ("host", "port", "options")
+        }
+        host = (url.host or where["host"]).lower()
+
+        if not host and not path:
+            # An engine with a 'creator': its URL tells nothing.
+            return (kind, str(id(self.engine)))
+
+        host = "127.0.0.1" if host in ("localhost", "::1", "") else host
+        port = (
+            url.port
+            or where["port"]
+            or {"mysql": 3306, "postgresql": 5432}.get(kind, "")
+        )
+        return (kind, host, str(port), path, where["options"])
+
+
+def _quoted(names: cabc.Iterable[str]) -> str:
+    return ", ".join(f"'{name}'" for name in sorted(names))
+
+
+def _by_name(given: t.Any) -> dict[str, t.Any]:
+    """An argument as a dict: what is no dict belongs to the ``default`` database."""
+    if given is None:
+        return {}
+
+    return dict(given) if isinstance(given, cabc.Mapping) else {"default": given}
+
+
+def _as_list(value: t.Any) -> list[t.Any]:
+    if value is None:
+        return []
+
+    return list(value) if isinstance(value, (list, tuple, set, frozenset)) else [value]
+
+
+def _find_targets(
+    metadatas: cabc.Mapping[str, MetadataOption],
+    engines: cabc.Mapping[str, EngineOption],
+) -> dict[str, _Target]:
+    """The databases to migrate: those that the metadata name. Arguments win."""
+    db = current_app.extensions.get("sqlalchemy")
+
+    if not metadatas:
+        # Flask-SQLAlchemy has it; Flask-SQLAlchemy-Lite leaves models to the application.
+        metadata = getattr(db, "metadata", None)
+
+        if not isinstance(metadata, sa.MetaData):
+            raise FlaskAlembicError(
+                "No metadata found: unless Flask-SQLAlchemy has it, pass 'metadatas' when"
+                " making the 'Alembic' extension."
+            )
+
+        metadatas = {"default": metadata}
+
+    found: dict[str, EngineOption] = dict(engines)
+
+    if not found.keys() >= metadatas.keys() and db is not None:
+        found = {**_detect_engines(db), **found}
+
+    if not found:
+        raise FlaskAlembicError(
+            "No engine found: use Flask-SQLAlchemy or Flask-SQLAlchemy-Lite with engines"
+            " configured, or pass 'engines' when making the 'Alembic' extension."
+        )
+
+    missing = metadatas.keys() - found.keys()
+
+    if missing:
+        raise FlaskAlembicError(
+            f"Missing engine config{'s' * (len(missing) > 1)} for {_quoted(missing)}: each"
+            " key of 'metadatas' needs an engine, in 'engines' or in the configuration of"
+            " Flask-SQLAlchemy(-Lite)."
+        )
+
+    return {
+        name: _Target(
+            name, getattr(found[name], "sync_engine", found[name]), _as_list(each)
+        )
+        for name, each in metadatas.items()
+    }
+
+
+def _detect_engines(db: t.Any) -> dict[str, EngineOption]:
+    """The engines of Flask-SQLAlchemy or -Lite; a sync one goes before an async one."""
+    found: dict[str, EngineOption] = {}
+
+    for attribute in ("async_engines", "engines"):
+        for name, engine in (getattr(db, attribute, None) or {}).items():
+            found["default" if name is None else name] = engine
+
+    return found
+
+
+def _check_version_tables(targets: dict[str, _Target]) -> None:
+    """Refuse two databases that are one: each would overwrite the other's version."""
+    seen: dict[tuple[t.Any, ...], str] = {}
+
+    for name, target in targets.items() if len(targets) > 1 else ():
+        options = _own_options(name)
+        schema = options.get("version_table_schema")
+
+        if schema is None and target.identity[0] == "postgresql":
+            schema = "public"
+
+        table = options.get("version_table", "alembic_version")
+        other = seen.setdefault((target.identity, schema, table), name)
+
+        if other != name:
+            raise FlaskAlembicError(
+                f"The databases '{other}' and '{name}' are the same, with the same version"
+                f" table '{table}': give one of them its own 'version_table' or"
+                " 'version_table_schema' in ALEMBIC_CONTEXT."
+            )
+
+
+def _select(targets: dict[str, _Target], names: DatabaseNames) -> dict[str, _Target]:
+    """The targets that were asked for, in their own order."""
+    if names is None:
+        return targets
+
+    wanted = [names] if isinstance(names, str) else list(names)
+    unknown = [name for name in wanted if name not in targets]
+
+    if unknown or not wanted:
+        raise _command_error(
+            f"There is no database {_quoted(map(str, unknown)) or 'asked for'}; there are"
+            f" {_quoted(targets)}."
+        )
+
+    return {name: target for name, target in targets.items() if name in wanted}
+
+
+def _primary(names: cabc.Iterable[str]) -> str:
+    """The database that is meant where one answer is asked for."""
+    names = list(names)
+
+    if "default" in names or len(names) != 1:
+        if "default" not in names:
+            raise FlaskAlembicError(
+                f"Several databases, none named 'default': name one of {_quoted(names)}."
+            )
+
+        return "default"
+
+    return names[0]
+
+
+# -- Environment -----------------------------------------------------------------------
+# Every migration goes through _Run, one for each database: live, async or only a dialect.
+# Alembic's private names are touched in this room only.
+
+#: Alembic's ``op`` and ``context`` are global to the process, so runs take turns.
+_RUN_LOCK: t.Final = threading.RLock()
+_running: t.Final[ContextVar[bool]] = ContextVar("flask_alembic_running", default=False)
+_looping: t.Final[ContextVar[bool]] = ContextVar("flask_alembic_looping", default=False)
+
+
+@contextlib.contextmanager
+def _connect(target: _Target) -> cabc.Iterator[sa.Connection]:
+    """A connection, given back to its pool in the end."""
+    pool = target.engine.pool
+    shared = isinstance(pool, (sa.StaticPool, sa.SingletonThreadPool))
+    own_pool: sa.Pool | None = None
+
+    try:
+        if isinstance(pool, sa.StaticPool):
+            # Giving it back rolls back what the application has open on it, so look first.
+            record: t.Any = pool.connection
+            _refuse_transaction(target.name, record.driver_connection)
+
+        if target.is_async and not shared:
+            # A connection belongs to its event loop: the application's pool must never
+            # hold one of ours.
+            own_pool = pool.recreate()
+            connection = sa.Connection(target.engine, own_pool.connect())
+        else:
+            connection = target.engine.connect()
+    except FlaskAlembicError:
+        raise
+    except Exception as error:
+        error.__dict__[_ORIGIN] = "connect"
+        cause = (
+            str(getattr(error, "orig", None) or error).strip() or type(error).__name__
+        )
+        cause = " ".join(cause.split())
+        error.add_note(
+            f"Cannot connect to database '{target.name}' ({target.url}): {cause}"
+        )
+        raise
+
+    try:
+        yield connection
+    finally:
+        connection.close()
+
+        if own_pool is not None:
+            own_pool.dispose()
+
+
+def _refuse_transaction(name: str, driver_connection: t.Any) -> None:
+    if getattr(driver_connection, "in_transaction", False) and (
+        getattr(driver_connection, "autocommit", True) is not False
+    ):
+        raise FlaskAlembicError(
+            f"The application has a transaction open on the one connection of database"
+            f" '{name}': commit it or roll it back before migrating."
+        )
+
+
+@contextlib.contextmanager
+def _left_as_found(connection: sa.Connection | None) -> cabc.Iterator[None]:
+    """End the transaction that reading begins, but not one that was open before."""
+    assert connection is not None
+    began = not connection.in_transaction()
+
+    try:
+        yield
+    finally:
+        if began and connection.in_transaction():
+            connection.rollback()
+
+
+def _in_loop(fn: cabc.Callable[[], _R]) -> _R:
+    """Call a synchronous function where an async driver can be awaited."""
+    if _looping.get():
+        return fn()
+
+    import asyncio
+    import importlib.util
+
+    if importlib.util.find_spec("greenlet") is None:
+        raise FlaskAlembicError(
+            "An async engine needs greenlet: run \"pip install 'sqlalchemy[asyncio]'\"."
+        )
+
+    from sqlalchemy.util import greenlet_spawn
+
+    async def spawn() -> _R:
+        _looping.set(True)
+        return await greenlet_spawn(fn)
+
+    def run() -> _R:
+        # Not asyncio.Runner: it keeps the first Ctrl-C from code that awaits nothing.
+        loop = asyncio.new_event_loop()
+        task = loop.create_task(spawn())
+
+        try:
+            return loop.run_until_complete(task)
+        except KeyboardInterrupt:
+            if not task.done():
+                task.cancel()
+
+                with contextlib.suppress(asyncio.CancelledError):
+                    loop.run_until_complete(task)
+
+            raise
+        finally:
+            loop.run_until_complete(loop.shutdown_asyncgens())
+            loop.close()
+
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return run()
+
+    # The caller's loop is busy with the caller: work in a thread that has a loop of its own.
+    import contextvars
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(1) as executor:
+        return executor.submit(contextvars.copy_context().run, run).result()
+
+
+def _script_signature(script: ScriptDirectory) -> t.Any:
+    """What changes when a revision file is added, removed or changed."""
+    # No public name tells the resolved version locations.
+    locations = [os.fspath(path) for path in script._version_locations]  # noqa: SLF001
+    return _signature(locations, script.recursive_version_locations)
+
+
+def _load_scripts(config: Config) -> tuple[ScriptDirectory, t.Any]:
+    """Load the revision files, and refuse those that form no history."""
+    from alembic.script import ScriptDirectory
+    from alembic.script.revision import RevisionError
+    from alembic.script.revision import RevisionMap
+
+    home = config.get_main_option("script_location") or ""
+
+    if ":" not in home and not os.path.isdir(home):
+        what = "is not a folder" if os.path.exists(home) else "does not exist"
+        raise FlaskAlembicError(
+            f"The migrations folder '{home}' {what}: set ALEMBIC['script_location'] or run"
+            " 'flask db mkdir'."
+        )
+
+    script = ScriptDirectory.from_config(config)
+    # Alembic tells on stdout about each file that it writes; only commands print.
+    script.messaging_opts = {"quiet": True}
+    signature = _script_signature(script)
+    known: dict[str, Script] = {}
+
+    try:
+        # Alembic only warns of a second file with the same id, and drops one of them.
+        for each in script._load_revisions():  # noqa: SLF001
+            other = known.setdefault(each.revision, each)
+
+            if other is not each:
+                raise FlaskAlembicError(
+                    f"Two files have the revision id '{each.revision}': '{other.path}' and"
+                    f" '{each.path}'."
+                )
+    except FlaskAlembicError:
+        raise
+    except Exception as error:
+        raise FlaskAlembicError(
+            f"The revision file '{_file_of(error)}' cannot be loaded:"
+            f" {type(error).__name__}: {error}"
+        ) from error
+
+    for each in known.values():
+        for parent in _as_list(each.down_revision):
+            if parent not in known:
+                raise _command_error(
+                    f"Revision '{each.revision}' ('{each.path}') follows '{parent}', which"
+                    " no revision file has."
+                )
+
+    script.revision_map = RevisionMap(lambda: iter(known.values()))
+
+    try:
+        script.get_heads()
+    except RevisionError as error:
+        raise _command_error(str(error)) from error
+    except KeyError as error:
+        raise _command_error(
+            f"A dependency on {error} fits no revision file."
+        ) from error
+
+    return script, signature
+
+
+def _file_of(error: BaseException) -> str:
+    """The revision file that Alembic was loading when it failed."""
+    found = "?"
+    trace = error.__traceback__
+
+    while trace is not None:
+        if trace.tb_frame.f_code.co_name == "_from_path":
+            found = str(trace.tb_frame.f_locals.get("path", found))
+
+        trace = trace.tb_next
+
+    return found
+
+
+def _identifiers(target: RevisionTarget) -> str | tuple[str, ...]:
+    """A target as Alembic takes it: an id or symbol, or several."""
+    if isinstance(target, (str, int)):
+        return str(target)
+
+    if isinstance(target, cabc.Iterable):
+        return tuple(str(_identifiers(each)) for each in target)
+
+    return str(target.revision)
+
+
+@contextlib.contextmanager
+def _explained_heads() -> cabc.Iterator[None]:
+    """Make Alembic's "multiple heads" say which, and what to type."""
+    from alembic.script.revision import MultipleHeads
+    from alembic.util import CommandError
+
+    try:
+        yield
+    except CommandError as error:
+        if isinstance(error.__cause__, MultipleHeads):
+            raise _several_heads(error.__cause__.heads) from error
+
+        raise
+
+
+def _several_heads(heads: cabc.Iterable[str]) -> Exception:
+    names = sorted(heads)
+    return _command_error(
+        f"There are several heads: {', '.join(names)}. Name one, take 'heads' for all, or"
+        f' merge them: flask db merge -m "merge heads" {" ".join(names)}'
+    )
+
+
+def _upgrade_steps(
+    script: ScriptDirectory, target: t.Any, rows: _Heads
+) -> list[RevisionStep]:
+    # Alembic's commands use these three; no public function makes steps.
+    with _explained_heads():
+        return script._upgrade_revs(target, t.cast(str, rows))  # noqa: SLF001
+
+
+def _downgrade_steps(
+    script: ScriptDirectory, target: t.Any, rows: _Heads
+) -> list[RevisionStep]:
+    with _explained_heads():
+        return script._downgrade_revs(target, t.cast(str, rows))  # noqa: SLF001
+
+
+def _stamp_steps(
+    script: ScriptDirectory, target: t.Any, rows: _Heads
+) -> list[StampStep]:
+    with _explained_heads():
+        return script._stamp_revs(tuple(_as_list(target)), rows)  # noqa: SLF001
+
+
+def _has_version_table(context: MigrationContext) -> bool:
+    # Reading the heads does not tell an empty table from a missing one.
+    return context._has_version_table()  # noqa: SLF001
+
+
+def _scripts(script: ScriptDirectory, names: t.Any) -> list[Script]:
+    """The revisions of some names; Alembic's types do not tell that ``base`` has none."""
+    found = t.cast("tuple[Script | None, ...]", script.get_revisions(names))
+    return [each for each in found if each is not None]
+
+
+def _unknown(script: ScriptDirectory, rows: _Heads) -> tuple[str, ...]:
+    """The ids that no revision file has. A prefix is no id here."""
+    from alembic.util import CommandError
+
+    def is_known(row: str) -> bool:
+        try:
+            return script.get_revision(row).revision == row
+        except CommandError:
+            return False
+
+    return tuple(row for row in rows if not is_known(row))
+
+
+def _refuse_unknown(script: ScriptDirectory, rows: _Heads, name: str) -> None:
+    unknown = _unknown(script, rows)
+
+    if unknown:
+        raise _command_error(
+            f"Database '{name}' is at {_quoted(unknown)}, which no revision file has. Get"
+            " the missing file; or go to the branch of the code that has it; or, if the"
+            " schema is known to match a revision, run 'flask db stamp --purge REVISION'."
+        )
+
+
+class _Steps:
+    """The steps that a method asks for. Asking has no effect, so it may be done twice."""
+
+    def __init__(
+        self,
+        extension: Alembic,
+        kind: t.Literal["upgrade", "downgrade", "stamp", "ensure-version"],
+        target: RevisionTarget,
+        *,
+        start: str = "base",
+        purge: bool = False,
+    ) -> None:
+        self.extension = extension
+        self.kind = kind
+        self.target = target
+        self.start = start
+        self.purge = purge
+
+    def __call__(self, rows: _Heads, context: MigrationContext) -> cabc.Sequence[_Step]:
+        script = self.extension.script_directory
+        rows = tuple(_as_list(rows))
+        _refuse_unknown(script, rows, context.opts["database_name"])
+
+        if self.kind == "ensure-version":
+            return []
+
+        if self.kind == "stamp":
+            return _stamp_steps(script, _identifiers(self.target), rows)
+
+        steps = _upgrade_steps if self.kind == "upgrade" else _downgrade_steps
+        return steps(script, self.resolve(script), rows)
+
+    def resolve(self, script: ScriptDirectory) -> str | tuple[str, ...]:
+        """The target, with a count of steps written as Alembic does: ``+1``, ``-1``."""
+        target = _identifiers(self.target)
+        down = self.kind == "downgrade"
+
+        if isinstance(target, tuple) or isinstance(self.target, bool):
+            if isinstance(self.target, bool):
+                raise _command_error(f"{self.target} is no revision.")
+
+            return target
+
+        if not target.isdecimal():
+            return target
+
+        # Digits are an id before they are a count; nobody counts to a thousand.
+        ids = [each.revision for each in script.walk_revisions()]
+        long = len(target) > 3
+
+        if target in ids or (long and any(each.startswith(target) for each in ids)):
+            return target
+
+        if int(target) == 0 or long:
+            raise _command_error(
+                f"Can't locate a revision '{target}', and it is no count."
+            )
+
+        return f"{'-' if down else '+'}{int(target)}"
+
+    def is_relative(self, script: ScriptDirectory) -> bool:
+        """Whether the target counts from where the database stands."""
+        target = self.resolve(script)
+        return isinstance(target, str) and target.rpartition("@")[2][:1] in ("+", "-")
+
+
+def _pending(extension: Alembic, scope: _Scope, steps: _Steps) -> dict[str, bool]:
+    """Which databases have something to do; nothing is locked or written."""
+    found = {}
+
+    for name, context in extension.migration_contexts.items():
+        with _left_as_found(context.connection):
+            found[name] = steps.purge or bool(
+                steps(context.get_current_heads(), context)
+            )
+
+            if steps.kind == "ensure-version":
+                found[name] = not _has_version_table(context)
+
+    return found
+
+
+class _OvertakenError(Exception):
+    """Another process migrated the database between two transactions of ours."""
+
+
+class _Run:
+    """One run on one database: its environment, its steps, and how far it came.
+
+    :param connection: A live connection; without one, the run writes SQL to ``output``.
+    :param start: Where an offline run starts.
+    """
+
+    def __init__(
+        self,
+        extension: Alembic,
+        scope: _Scope,
+        target: _Target,
+        fn: StepFunction,
+        *,
+        connection: sa.Connection | None = None,
+        start: t.Any = None,
+        output: t.TextIO | None = None,
+    ) -> None:
+        from alembic.runtime.environment import EnvironmentContext
+
+        self.name = target.name
+        self.names = scope.base.names(extension)
+        self.fn = fn
+        self.ran: list[Script] = []
+        #: The step that is running, or that failed.
+        self.step: RevisionStep | None = None
+        self.started = self.committed = False
+        self.commits = 0
+        self._rows: frozenset[str] = frozenset()
+        options = _options(extension, target.name)
+        given: dict[str, t.Any] = {"fn": self._steps, "tag": scope.tag}
+        options["on_version_apply"] = [
+            *_as_list(options.get("on_version_apply")),
+            self._applied,
+        ]
+
+        if isinstance(fn, _Steps):
+            given.update(purge=fn.purge, destination_rev=_identifiers(fn.target))
+
+        if connection is None:
+            given["as_sql"] = True
+            # Other parameter styles would double the percent signs in the script.
+            options["dialect_opts"] = {
+                "paramstyle": "named",
+                **options.get("dialect_opts", {}),
+            }
+            options.update(url=target.engine.url, literal_binds=True)
+            options.update(output_buffer=output, starting_rev=start)
+
+        config = _with_x(extension.config, scope.x)
+        self.environment = EnvironmentContext(
+            config, extension.script_directory, **given
+        )
+        self.environment.configure(connection=connection, **options)
+        self.context = self.environment.get_context()
+        self.connection = connection
+
+        if connection is None and self.context.dialect.name == "postgresql":
+            # SQLAlchemy < 2.1 doubles backslashes until it has seen a server's setting,
+            # which is 'standard_conforming_strings = on' since PostgreSQL 9.1.
+            self.context.dialect._backslash_escapes = False  # type: ignore[attr-defined]  # noqa: SLF001
+
+        per_migration = options.get("transaction_per_migration", False)
+        # SQLite's lock is its transaction, so it is given up between two of them.
+        self._rechecks = bool(
+            connection and per_migration and self.context.dialect.name == "sqlite"
+        )
+
+    @contextlib.contextmanager
+    def transaction(self) -> cabc.Iterator[None]:
+        with self.environment.begin_transaction():
+            yield
+
+        self.committed = True
+
+    def migrate(self, kwargs: dict[str, t.Any]) -> None:
+        with self.environment:
+            self.environment.run_migrations(**kwargs)
+
+    def call(self, step: RevisionStep, kwargs: dict[str, t.Any]) -> None:
+        """Call the function of a revision that is meant for this database."""
+        arguments = _arguments(step, self.name, self.names)
+
+        if arguments is not None:
+            fn = (
+                step.revision.module.upgrade
+                if step.is_upgrade
+                else step.revision.module.downgrade
+            )
+            fn(**kwargs, **arguments)
+
+    def _steps(self, rows: t.Any, context: MigrationContext) -> cabc.Iterator[_Step]:
+        """The steps, reporting each as it starts and as it is done."""
+        self._rows = frozenset(_as_list(rows))
+        steps = list(self.fn(rows, context))
+        report = _progress.get() or (lambda progress: None)
+
+        if isinstance(self.fn, _Steps) and self.fn.kind == "ensure-version":
+            context._ensure_version_table()  # noqa: SLF001  # the command's own way
+
+        for index, step in enumerate(steps, 1):
+            revision = getattr(step, "revision", None)
+
+            if revision is None:
+                yield step
+                continue
+
+            step = t.cast("RevisionStep", step)
+            progress = functools.partial(
+                _Progress, self.name, revision, step.is_upgrade, index, len(steps)
+            )
+            began = time.monotonic()
+            self.step, self.started = step, True
+            step.migration_fn = self._wrapped(step)
+            report(progress(None))
+            yield step
+            # Alembic asks for the next step when this one is in the version table.
+            self.step = None
+            self.ran.append(revision)
+            report(progress(time.monotonic() - began))
+
+    def _wrapped(self, step: RevisionStep) -> cabc.Callable[..., None]:
+        @functools.wraps(step.migration_fn)
+        def call(**kwargs: t.Any) -> None:
+            if self._rechecks and self._rows != {*self.context.get_current_heads()}:
+                raise _OvertakenError
+
+            try:
+                self.call(step, kwargs)
+            except BaseException as error:
+                error.__dict__.setdefault(_ORIGIN, "revision")
+
+                if self.connection is None and _needs_connection(error):
+                    raise _command_error(
+                        f"Revision '{step.revision.revision}' ('{step.revision.path}')"
+                        f" cannot be written as SQL for database '{self.name}': it asks for"
+                        f" results, which need a live connection ({_user_message(error)})."
+                        " It can ask 'context.is_offline_mode()'."
+                    ) from error
+
+                raise
+
+        return call
+
+    def _applied(self, *, heads: cabc.Iterable[str], **_: t.Any) -> None:
+        self._rows = frozenset(heads)
+
+    def count_commit(self, connection: sa.Connection) -> None:
+        self.commits += 1
+
+    def outcome(self) -> str:
+        """Where the database stands after a failure, and what to do about it."""
+        where = "an unknown revision, as it cannot be read"
+
+        with contextlib.suppress(Exception):
+            assert self.connection is not None
+
+            with _left_as_found(self.connection):
+                where = _quoted(self.context.get_current_heads()) or "base"
+
+        about = f"Database '{self.name}':"
+
+        if self.committed and self.context.impl.transactional_ddl:
+            return f"{about} committed; it stands at {where}."
+
+        if self.context.impl.transactional_ddl:
+            if not self.commits:
+                return f"{about} everything was rolled back; it stands at {where}."
+
+            return (
+                f"{about} rolled back to its last commit, after a finished revision or at an"
+                f" autocommit_block(); it stands at {where}."
+            )
+
+        if self.step is None:
+            return f"{about} what ran stays, nothing was rolled back; it stands at {where}."
+
+        to = self.step.to_revisions
+        return (
+            f"{about} {self.context.dialect.name} commits DDL by itself, so statements that"
+            f" '{self.step.revision.revision}' ran before the error stay; it stands at"
+            f" {where}. Either undo these statements by hand and run the command again, or"
+            " finish the revision by hand and run"
+            f" 'flask db stamp {' '.join(to) or 'base'}'."
+        )
+
+
+def _needs_connection(error: BaseException) -> bool:
+    """Whether an offline revision failed because there is nothing to ask."""
+    text = str(error)
+    return isinstance(
+        error, (sa.exc.NoInspectionAvailable, sa.exc.CompileError)
+    ) or any(
+        word in text for word in ("NoneType", "MockConnection", "--sql mode", "offline")
+    )
+
+
+def _arguments(
+    step: RevisionStep, name: str, names: list[str]
+) -> dict[str, str] | None:
+    """What to pass to a revision's function for a database; ``None`` not to call it."""
+    import inspect
+
+    direction = "upgrade" if step.is_upgrade else "downgrade"
+    module = step.revision.module
+    parameters = inspect.signature(getattr(module, direction)).parameters.values()
+
+    if not any(p.name == "engine_name" or p.kind is p.VAR_KEYWORD for p in parameters):
+        # Written before there was a second database.
+        if len(names) == 1 or name == "default":
+            return {}
+
+        if "default" in names:
+            return None
+
+        raise _command_error(
+            f"Revision '{step.revision.revision}' ('{step.revision.path}') is for one"
+            f" database, and none of {_quoted(names)} is named 'default'."
+        )
+
+    prefix = f"{direction}_"
+    sections = {
+        key.removeprefix(prefix)
+        for key, value in vars(module).items()
+        if key.startswith(prefix) and callable(value)
+    }
+
+    if not sections or name in sections:
+        return {"engine_name": name}
+
+    if name == "default" and "" in sections:
+        # Flask-Migrate gives the default bind an empty name.
+        return {"engine_name": ""}
+
+    if sections - {""} <= {*names}:
+        # Written before this database existed.
+        return None
+
+    raise _command_error(
+        f"Revision '{step.revision.revision}' ('{step.revision.path}') has functions for"
+        f" {_quoted(sections)}, but none for the database '{name}'. Was it renamed?"
+    )
+
+
+def _run_online(
+    extension: Alembic, scope: _Scope, fn: StepFunction, kwargs: dict[str, t.Any]
+) -> None:
+    """Run steps on the databases of a scope, all of them or none as far as they allow."""
+    scope.ran.clear()
+
+    if isinstance(fn, _Steps) and not any(_pending(extension, scope, fn).values()):
+        return
+
+    while True:
+        try:
+            _run_once(extension, scope, fn, kwargs)
+            return
+        except _OvertakenError:
+            if not isinstance(fn, _Steps) or fn.is_relative(extension.script_directory):
+                raise FlaskAlembicError(
+                    "Another process migrated the database meanwhile: look where it stands,"
+                    " and run the command again."
+                ) from None
+
+
+def _run_once(
+    extension: Alembic, scope: _Scope, fn: StepFunction, kwargs: dict[str, t.Any]
+) -> None:
+    contexts = extension.migration_contexts
+    targets = scope.targets(extension)
+    settings = extension._get_cache().settings
+    # Two applications may name the same databases differently: the order is the servers'.
+    order = sorted(contexts, key=lambda name: targets[name].identity)
+    runs: dict[str, _Run] = {}
+
+    with _RUN_LOCK:
+        token = _running.set(True)
+
+        try:
+            with contextlib.ExitStack() as stack:
+                for name in order:
+                    connection = contexts[name].connection
+                    assert connection is not None
+                    stack.enter_context(_guard(contexts[name], connection, settings))
+                    run = _Run(
+                        extension, scope, targets[name], fn, connection=connection
+                    )
+                    runs[name] = run
+                    stack.enter_context(_listening(connection, commit=run.count_commit))
+
+                with contextlib.ExitStack() as transactions:
+                    for name in order:
+                        transactions.enter_context(runs[name].transaction())
+
+                    for name in contexts:
+                        runs[name].migrate(kwargs)
+        except BaseException as error:
+            if not isinstance(error, _OvertakenError):
+                _explain(error, list(runs.values()))
+
+            raise
+        finally:
+            _running.reset(token)
+
+            for run in runs.values():
+                scope.ran.update((each.revision, each) for each in run.ran)
+
+
+@contextlib.contextmanager
+def _listening(
+    connection: sa.Connection, **listeners: cabc.Callable[..., t.Any]
+) -> cabc.Iterator[None]:
+    """Listen to a connection's events; the pool gets it back without listeners."""
+    for event, listener in listeners.items():
+        sa.event.listen(connection, event, listener)
+
+    try:
+        yield
+    finally:
+        for event, listener in listeners.items():
+            sa.event.remove(connection, event, listener)
+
+
+def _explain(error: BaseException, runs: list[_Run]) -> None:
+    """Add the note that says what failed, and how it left each database."""
+    if not any(run.started for run in runs):
+        return
+
+    failed = next((run for run in runs if run.step is not None), None)
+    lines = ["The migration failed after its revisions ran."]
+
+    if failed is not None and failed.step is not None:
+        step = failed.step
+        lines = [
+            f"Revision '{step.revision.revision}' ('{step.revision.path}') failed in database"
+            f" '{failed.name}' while {'up' if step.is_upgrade else 'down'}grading."
+        ]
+        context = failed.context
+
+        if context.dialect.name == "sqlite" and "database is locked" in str(error):
+            lines.append(
+                "The migration itself holds SQLite's lock: a revision must write through"
+                " 'op.get_bind()', not through a session or connection of its own; or set"
+                " 'transactional_ddl' to False in ALEMBIC_CONTEXT."
+            )
+
+    error.add_note("\n".join([*lines, *(run.outcome() for run in runs)]))
+
+
+def _run_offline(
+    extension: Alembic, scope: _Scope, steps: _Steps, live: dict[str, _Heads] | None
+) -> dict[str, str]:
+    """Write the steps as SQL, from where the databases stand or from a given start."""
+    import io
+
+    script = extension.script_directory
+    result = {}
+
+    if live is None:
+        if steps.kind == "downgrade" and steps.start == "base":
+            raise _command_error("SQL for a downgrade needs a start: START:TARGET.")
+
+        if steps.kind in ("upgrade", "downgrade") and steps.start == "base":
+            if steps.is_relative(script):
+                raise _command_error(
+                    f"SQL for the relative target '{steps.target}' needs a start:"
+                    " START:TARGET."
+                )
+        elif steps.start != "base":
+            script.get_revisions(steps.start)
+
+    for name, target in scope.targets(extension).items():
+        start: t.Any = steps.start if live is None else live[name]
+        output = io.StringIO()
+        run = _Run(
+            extension,
+            scope,
+            target,
+            steps,
+            start=None if start == "base" else start or None,
+            output=output,
+        )
+
+        with _RUN_LOCK, run.transaction():
+            run.migrate({})
+
+        result[name] = output.getvalue()
+
+    return result
+
+
+def _version_rows(
+    connection: sa.Connection, options: dict[str, t.Any]
+) -> list[str] | None:
+    """The ids in the version table, sorted, by one query; ``None`` if that fails."""
+    table = sa.table(
+        options.get("version_table", "alembic_version"),
+        sa.column("version_num"),
+        schema=options.get("version_table_schema"),
+    )
+
+    try:
+        with _left_as_found(connection):
+            return sorted(
+                str(row[0]) for row in connection.execute(sa.select(*table.c))
+            )
+    except sa.exc.DBAPIError:
+        return None
+
+
+def _plan(
+    extension: Alembic, scope: _Scope, steps: _Steps
+) -> dict[str, list[PlannedStep]]:
+    """Read what the steps would do, by operations that only record."""
+    import io
+
+    result: dict[str, list[PlannedStep]] = {}
+
+    for name, rows in extension._rows(scope).items():
+        output = io.StringIO()
+        target = scope.targets(extension)[name]
+        run = _Run(extension, scope, target, steps, start=rows or None, output=output)
+
+        with _RUN_LOCK, run.environment:
+            result[name] = [
+                _read_step(run, t.cast("RevisionStep", step), output)
+                for step in steps(rows, run.context)
+            ]
+
+    return result
+
+
+def _read_step(run: _Run, step: RevisionStep, output: t.Any) -> PlannedStep:
+    from alembic.operations import BatchOperations
+    from alembic.operations import Operations
+    from alembic.operations import ops
+
+    drops: list[str] = []
+
+    def record(operations: Operations, operation: MigrateOperation) -> t.Any:
+        if isinstance(operation, ops.DropTableOp):
+            drops.append(f"table {_dotted(operation.schema, operation.table_name)}")
+        elif isinstance(operation, ops.DropColumnOp):
+            table = _dotted(operation.schema, operation.table_name)
+            drops.append(f"column {table}.{operation.column_name}")
+        elif isinstance(operation, ops.ExecuteSQLOp):
+            drops.extend(_dropped_by(str(operation.sqltext)))
+        elif isinstance(operation, ops.CreateTableOp):
+            # The revision may insert rows into what it made.
+            return operation.to_table(operations.migration_context)
+
+        return None
+
+    @contextlib.contextmanager
+    def batch(
+        table_name: str, schema: str | None = None, *args: t.Any, **kwargs: t.Any
+    ) -> cabc.Iterator[BatchOperations]:
+        impl: t.Any = types.SimpleNamespace(table_name=table_name, schema=schema)
+        yield recording(BatchOperations(run.context, impl=impl))
+
+    def recording(operations: t.Any) -> t.Any:
+        operations.invoke = functools.partial(record, operations)
+        operations.batch_alter_table = batch
+        return operations
+
+    recorder = recording(Operations(run.context))
+    problem = None
+    # 'op' must be this object: Operations.context() makes one of its own.
+    recorder._install_proxy()  # noqa: SLF001
+
+    try:
+        run.call(step, {})
+    except Exception as error:
+        problem = f"{type(error).__name__}: {_user_message(error)}"
+    finally:
+        recorder._remove_proxy()  # noqa: SLF001
+
+    # Recorded operations write nothing: what is here went through 'op.get_bind()'.
+    drops.extend(_dropped_by(output.getvalue()))
+    output.seek(0)
+    output.truncate()
+    return PlannedStep(step.revision, step.is_upgrade, tuple(drops), problem)
+
+
+def _dotted(schema: str | None, name: str) -> str:
+    return f"{schema}.{name}" if schema else name
+
+
+def _dropped_by(sql: str) -> list[str]:
+    """What a statement drops, as far as a look at it tells."""
+    import re
+
+    found = re.findall(
+        r"(?i)\bdrop\s+(table|column)\s+(?:if\s+exists\s+)?([^\s;,]+)", sql
+    )
+    return [f"{kind.lower()} {name}" for kind, name in found]
+
+
+# -- Guards ----------------------------------------------------------------------------
+# Around a run, one guard for each database: it takes the migration lock, makes SQLite
+# atomic, sets the server's timeouts, and leaves the connection as it was.
+
+
+@contextlib.contextmanager
+def _guard(
+    context: MigrationContext, connection: sa.Connection, settings: _Settings
+) -> cabc.Iterator[None]:
+    name = context.opts["database_name"]
+
+    if connection.in_transaction():
+        # What the caller did through the low-level objects; Alembic would commit it too.
+        connection.commit()
+
+    with contextlib.ExitStack() as stack:
+        if connection.dialect.name == "sqlite":
+            atomic = context.impl.transactional_ddl
+            stack.enter_context(_sqlite_guard(name, connection, settings, atomic))
+        elif connection.dialect.name in _SERVER_LOCKS:
+            driver = connection.connection.dbapi_connection
+
+            if getattr(driver, "autocommit", False) is True:
+                # An engine in AUTOCOMMIT has no transaction that could be rolled back.
+                connection.execution_options(
+                    isolation_level=connection.default_isolation_level
+                )
+
+            if settings.migration_lock:
+                schema = (
+                    context.version_table_schema
+                    or connection.dialect.default_schema_name
+                )
+                key = f"{schema or ''}.{context.version_table}"
+                stack.enter_context(_server_lock(name, connection, key, settings))
+
+            stack.enter_context(_server_timeouts(connection, settings))
+
+        yield
+
+
+def _wait(
+    name: str, timeout: float | None, attempt: cabc.Callable[[], bool], advice: str
+) -> None:
+    """Try for a lock until it is ours."""
+    began = told = time.monotonic()
+    pause = 0.02
+
+    while not attempt():
+        now = time.monotonic()
+
+        if timeout is not None and now - began >= timeout:
+            raise MigrationLockTimeout(name, now - began, advice)
+
+        if now - told >= (1 if told == began else 10):
+            told = now
+            _logger.info(
+                "Waiting for the migration lock of database '%s' (%.0f s).",
+                name,
+                now - began,
+            )
+
+        # Short and growing: no statement of ours may be open while we wait, since an index
+        # that is built concurrently waits for all open statements.
+        left = pause if timeout is None else timeout - (now - began)
+        time.sleep(max(0.0, min(pause, left)))
+        pause = min(pause * 1.5, 0.5)
+
+
+class _ServerLock(t.NamedTuple):
+    take: str
+    release: str
+    advice: str
+
+
+#: PostgreSQL's advisory locks belong to a database, MySQL's named locks to the server.
+_SERVER_LOCKS: t.Final = {
+    "postgresql": _ServerLock(
+        "SELECT pg_try_advisory_lock(CAST(:key AS bigint))",
+        "SELECT pg_advisory_unlock(CAST(:key AS bigint))",
+        "SELECT a.* FROM pg_locks l JOIN pg_stat_activity a USING (pid)"
+        " WHERE l.locktype = 'advisory' AND l.granted",
+    ),
+    **dict.fromkeys(
+        _MYSQL,
+        _ServerLock(
+            "SELECT GET_LOCK(:key, 0)",
+            "SELECT RELEASE_LOCK(:key)",
+            "SELECT * FROM information_schema.processlist WHERE id = IS_USED_LOCK('{key}')",
+        ),
+    ),
+}
+
+
+def _lock_key(dialect: str, place: str) -> str | int:
+    """The lock's key, made of the database (PostgreSQL adds it itself) and the table."""
+    import hashlib
+
+    digest = hashlib.sha256(f"flask_alembic:{place}".encode()).digest()
+
+    if dialect == "postgresql":
+        return int.from_bytes(digest[:8], signed=True)
+
+    # At most 64 characters, and compared without case.
+    return f"flask_alembic:{digest.hex()[:40]}"
+
+
+@contextlib.contextmanager
+def _server_lock(
+    name: str, connection: sa.Connection, place: str, settings: _Settings
+) -> cabc.Iterator[None]:
+    """Hold the server's lock, at session level: a transaction would lose it."""
+    lock = _SERVER_LOCKS[connection.dialect.name]
+    key = _lock_key(connection.dialect.name, place)
+
+    def attempt() -> bool:
+        try:
+            return bool(connection.scalar(sa.text(lock.take), {"key": key}))
+        finally:
+            connection.rollback()
+
+    try:
+        _wait(
+            name, settings.migration_lock_timeout, attempt, lock.advice.format(key=key)
+        )
+    except sa.exc.DBAPIError as error:
+        # Servers that speak PostgreSQL's protocol may lack the function (42883) or refuse
+        # it (0A000): CockroachDB, YugabyteDB, Redshift.
+        code = getattr(error.orig, "sqlstate", None) or getattr(
+            error.orig, "pgcode", None
+        )
+
+        if connection.dialect.name != "postgresql" or code not in ("42883", "0A000"):
+            raise
+
+        _logger.info(
+            "Database '%s' has no advisory locks: migrating without one.", name
+        )
+        yield
+        return
+
+    try:
+        yield
+    finally:
+        with _restoring(connection):
+            connection.scalar(sa.text(lock.release), {"key": key})
+
+
+@contextlib.contextmanager
+def _restoring(connection: sa.Connection) -> cabc.Iterator[None]:
+    """Restore a server session; one that cannot be restored must not reach the pool."""
+    try:
+        if not connection.invalidated:
+            connection.rollback()
+            yield
+            connection.commit()
+        else:
+            connection.rollback()
+    except sa.exc.DBAPIError:
+        connection.invalidate()
+    except BaseException:
+        connection.invalidate()
+        raise
+
+
+@contextlib.contextmanager
+def _server_timeouts(
+    connection: sa.Connection, settings: _Settings
+) -> cabc.Iterator[None]:
+    """Set the session's timeouts, and what they were before afterwards."""
+    wanted = _timeout_values(connection, settings)
+    former = {key: _get_variable(connection, key) for key in wanted}
+    connection.rollback()
+
+    for key, value in wanted.items():
+        _set_variable(connection, key, value)
+
+    connection.commit()
+
+    try:
+        yield
+    finally:
+        if former:
+            with _restoring(connection):
+                for key, value in former.items():
+                    _set_variable(connection, key, value)
+
+
+def _timeout_values(connection: sa.Connection, settings: _Settings) -> dict[str, t.Any]:
+    import math
+
+    lock, statement = settings.lock_timeout, settings.statement_timeout
+    found: dict[str, t.Any] = {}
+
+    if connection.dialect.name == "postgresql":
+        # Milliseconds; 0 would switch the timeout off.
+        for key, value in (("lock_timeout", lock), ("statement_timeout", statement)):
+            if value is not None:
+                found[key] = str(max(1, math.ceil(value * 1000)))
+
+        return found
+
+    if lock is not None:
+        # Whole seconds: for tables, and for rows.
+        found["lock_wait_timeout"] = max(1, math.ceil(lock))
+        found["innodb_lock_wait_timeout"] = max(1, math.ceil(lock))
+
+    if statement is not None and getattr(connection.dialect, "is_mariadb", False):
+        found["max_statement_time"] = max(0.001, float(statement))
+    elif statement is not None:
+        # MySQL knows a limit for SELECT only, in milliseconds.
+        found["max_execution_time"] = max(1, math.ceil(statement * 1000))
+
+    return found
+
+
+def _get_variable(connection: sa.Connection, key: str) -> t.Any:
+    if connection.dialect.name == "postgresql":
+        return connection.scalar(sa.text("SELECT current_setting(:key)"), {"key": key})
+
+    return connection.exec_driver_sql(f"SELECT @@SESSION.{key}").scalar()
+
+
+def _set_variable(connection: sa.Connection, key: str, value: t.Any) -> None:
+    if connection.dialect.name == "postgresql":
+        values = {"key": key, "value": value}
+        connection.execute(sa.text("SELECT set_config(:key, :value, false)"), values)
+    else:
+        connection.exec_driver_sql(f"SET SESSION {key} = {value}")
+
+
+@contextlib.contextmanager
+def _sqlite_guard(
+    name: str, connection: sa.Connection, settings: _Settings, atomic: bool
+) -> cabc.Iterator[None]:
+    """Make SQLite's transaction cover DDL, and keep batch operations from cascading.
+
+    ``BEGIN IMMEDIATE`` is the lock. With foreign keys enforced, a batch operation that
+    drops the original table would delete its children; the pragma is ignored inside a
+    transaction, so it is switched off before, and the keys are checked at the commit.
+    """
+    driver: t.Any = connection.connection.dbapi_connection
+    _refuse_transaction(name, connection.connection.driver_connection)
+    mode = getattr(driver, "autocommit", -1)
+
+    if mode != -1:
+        # Python 3.12's own transaction control knows no BEGIN IMMEDIATE.
+        driver.autocommit = -1
+
+    level = driver.isolation_level
+    cursor = driver.cursor()
+
+    def pragma(text: str) -> t.Any:
+        cursor.execute(f"PRAGMA {text}")
+        row = cursor.fetchone()
+        return row[0] if row else None
+
+    patience = pragma("busy_timeout")
+    enforced = bool(pragma("foreign_keys"))
+    orphans = _orphans(cursor) if enforced else None
+    advice = "ask the system which process has the database's file open (fuser, lsof)"
+
+    def try_begin() -> bool:
+        try:
+            cursor.execute("BEGIN IMMEDIATE")
+        except Exception as error:
+            if "locked" in str(error):
+                return False
+
+            raise
+
+        return True
+
+    def begin(connection: sa.Connection) -> None:
+        if connection.get_execution_options().get("isolation_level") == "AUTOCOMMIT":
+            return  # an autocommit_block()
+
+        # The end of an autocommit_block() gives the driver its own transactions back.
+        driver.isolation_level = None
+
+        if not settings.migration_lock:
+            cursor.execute("BEGIN")
+            return
+
+        pragma("busy_timeout = 0")
+
+        try:
+            _wait(name, settings.migration_lock_timeout, try_begin, advice)
+        finally:
+            pragma(f"busy_timeout = {patience}")
+
+    def commit(connection: sa.Connection) -> None:
+        if orphans is None:
+            return
+
+        now = _orphans(cursor) or {}
+        added = [table for table, count in now.items() if count > orphans.get(table, 0)]
+
+        if added:
+            # SQLAlchemy has given up its transaction already when this raises.
+            driver.rollback()
+            raise FlaskAlembicError(
+                f"The migration would leave rows in {_quoted(added)} of database '{name}'"
+                " that refer to rows which do not exist. It was not committed. The check is"
+                " made because the application enforces foreign keys."
+            )
+
+    if connection.get_execution_options().get("isolation_level") == "AUTOCOMMIT":
+        connection.execution_options(isolation_level="SERIALIZABLE")
+
+    listeners: dict[str, t.Any] = {"commit": commit}
+
+    if atomic:
+        listeners["begin"] = begin
+
+    try:
+        if enforced:
+            pragma("foreign_keys = OFF")
+
+        with _listening(connection, **listeners):
+            yield
+    finally:
+        connection.rollback()
+        driver.rollback()
+        driver.isolation_level = level
+
+        if enforced:
+            pragma("foreign_keys = ON")
+
+        cursor.close()
+
+        if mode != -1:
+            driver.autocommit = mode
+
+
+def _orphans(cursor: t.Any) -> dict[str, int] | None:
+    """How many rows of each table refer to nothing; ``None`` if SQLite cannot tell."""
+    found: dict[str, int] = {}
+
+    try:
+        cursor.execute("PRAGMA foreign_key_check")
+    except Exception as error:
+        if "foreign key mismatch" in str(error):
+            return None  # a key on columns that are not unique, there before us
+
+        raise
+
+    for row in cursor.fetchall():
+        found[row[0]] = found.get(row[0], 0) + 1
+
+    return found
+
+
+# -- Autogenerate ----------------------------------------------------------------------
+
+
+def _stock_template(kind: str) -> str:
+    """The path of a template that comes with Alembic, found without importing it."""
+    import importlib.util
+
+    spec = importlib.util.find_spec("alembic")
+    assert spec is not None and spec.origin is not None
+    return os.path.join(
+        os.path.dirname(spec.origin), "templates", kind, "script.py.mako"
+    )
+
+
+def _same_content(*paths: str) -> bool:
+    contents = set()
+
+    for path in paths:
+        with open(path, "rb") as file:
+            contents.add(file.read().replace(b"\r\n", b"\n"))
+
+    return len(contents) == 1
+
+
+def _place(
+    settings: _Settings,
+    script: ScriptDirectory,
+    branch: str,
+    parent: RevisionTarget,
+    label: str | cabc.Sequence[str] | None,
+    path: str | os.PathLike[str] | None,
+) -> dict[str, t.Any]:
+    """Where a new revision goes: its parents, its labels and its folder."""
+    labels = _as_list(label)
+    known = {each for s in script.walk_revisions() for each in s.branch_labels}
+    parents = _as_list(_identifiers(parent))
+    heads = t.cast("tuple[Script, ...]", script.get_revisions(script.get_heads()))
+
+    if parents != ["head"]:
+        if branch not in known and branch != "default":
+            labels.append(branch)
+    elif branch in known:
+        parents = [f"{branch}@head"]
+    else:
+        # A history from elsewhere has no labels: its head is that of the default branch.
+        plain = [s.revision for s in heads if not s.branch_labels]
+
+        if branch != "default" or not plain:
+            parents = ["base"]
+            labels.append(branch)
+        elif len(plain) > 1:
+            raise _several_heads(plain)
+        else:
+            parents = plain
+
+    with _explained_heads():
+        found = [s for each in parents for s in _scripts(script, each)]
+
+    places = dict(pair for pair in settings.branches if pair[0] is not None)
+
+    if path is not None:
+        folder = places.get(os.fspath(path)) or _folder(settings.root, path, "path")
+    elif branch in places:
+        folder = places[branch]
+    elif found:
+        folder = os.path.dirname(found[0].path)
+    else:
+        folder = settings.locations[0]
+
+    return {
+        "head": [s.revision for s in found] or "base",
+        "branch_label": list(dict.fromkeys(labels)) or None,
+        "version_path": folder,
+    }
+
+
+def _generate(
+    extension: Alembic,
+    scope: _Scope,
+    script: ScriptDirectory,
+    arguments: dict[str, t.Any],
+) -> list[Script]:
+    """Write revision files: Alembic's own way, without its printing."""
+    from alembic.autogenerate import RevisionContext
+
+    settings = extension._get_cache().settings
+    config = _with_x(extension.config, scope.x)
+
+    if len(extension._configured_names()) > 1:
+        # A subclass may have made the configuration; the template asks for the names.
+        config.set_main_option("databases", ", ".join(extension._configured_names()))
+
+    revisions = RevisionContext(config, script, arguments)
+    compares = arguments["autogenerate"]
+    heads = tuple(s.revision for s in script.get_revisions("heads"))
+
+    if compares or settings.is_on("revision_environment"):
+        for name, context in extension.migration_contexts.items():
+            revisions.template_args.update(_own_options(name).get("template_args", {}))
+
+            with _comparing(context):
+                if not compares:
+                    revisions.run_no_autogenerate(heads, context)
+                    continue
+
+                _refuse_behind(script, context)
+                _refuse_no_models(context, settings)
+                revisions.run_autogenerate(heads, context)
+
+    if compares:
+        revisions.generated_revisions = [
+            each
+            for each in revisions.generated_revisions
+            if not all(map(_is_empty, each.upgrade_ops_list))
+        ]
+        _warn_of_unnamed(extension, revisions.generated_revisions)
+
+    for each in revisions.generated_revisions:
+        each.message = _escape_message(each.message or "", script.output_encoding)
+
+    return [each for each in revisions.generate_scripts() if each is not None]
+
+
+@contextlib.contextmanager
+def _comparing(context: MigrationContext) -> cabc.Iterator[None]:
+    """Let the user's hooks find ``alembic.context``, as in a run of migrations."""
+    environment = context.environment_context
+    assert environment is not None
+
+    with _RUN_LOCK, _left_as_found(context.connection):
+        # Inside a revision, the run's own environment is there, and must stay.
+        with contextlib.nullcontext() if _running.get() else environment:
+            yield
+
+
+def _is_empty(container: t.Any) -> bool:
+    return all(hasattr(op, "ops") and _is_empty(op) for op in container.ops)
+
+
+def _refuse_behind(script: ScriptDirectory, context: MigrationContext) -> None:
+    name = context.opts["database_name"]
+    rows = context.get_current_heads()
+    _refuse_unknown(script, rows, name)
+    pending = _upgrade_steps(script, "heads", rows)
+
+    if pending:
+        raise _command_error(
+            f"Database '{name}' is behind: {len(pending)} revision"
+            f"{'s are' if len(pending) > 1 else ' is'} pending. Run 'flask db upgrade'"
+            " first."
+        )
+
+
+def _refuse_no_models(context: MigrationContext, settings: _Settings) -> None:
+    """Refuse to drop every table because the models were not imported."""
+    if _has_models(_as_list(context.opts["target_metadata"])):
+        return
+
+    assert context.connection is not None
+    found = _user_tables(
+        context.connection, settings.exclude_tables, context.version_table
+    )
+
+    if found:
+        raise FlaskAlembicError(
+            f"The metadata of database '{context.opts['database_name']}' has no table, but"
+            f" the database has {_quoted(found[:5])}{' and more' * (len(found) > 5)}: were"
+            " the models imported? To drop all tables, write an --empty revision."
+        )
+
+
+def _warn_of_unnamed(extension: Alembic, scripts: list[MigrationScript]) -> None:
+    targets = extension._scope().base.targets(extension)
+    sqlite = [name for name, each in targets.items() if each.identity[0] == "sqlite"]
+    tokens = {token for name in sqlite for token in _tokens(extension, name)}
+    containers = [
+        ops
+        for each in scripts
+        for ops in (*each.upgrade_ops_list, *each.downgrade_ops_list)
+        if getattr(ops, "upgrade_token", getattr(ops, "downgrade_token", "")) in tokens
+    ]
+    tables = _unnamed_constraints(containers)
+
+    if tables:
+        _logger.info(
+            "SQLite cannot alter a constraint that has no name, as on %s: give the metadata"
+            " a naming convention, sa.MetaData(naming_convention=%s).",
+            ", ".join(tables),
+            _NAMING_CONVENTION,
+        )
+
+
+def _tokens(extension: Alembic, name: str) -> tuple[str, str]:
+    """The names under which the template finds a database's operations."""
+    if len(extension._scope().base.names(extension)) == 1:
+        return "upgrades", "downgrades"
+
+    with contextlib.suppress(OSError):
+        with open(extension._get_cache().settings.template, encoding="utf-8") as file:
+            # Flask-Migrate's own template names the default bind with nothing.
+            if name == "default" and "bind_names" in file.read():
+                return "_upgrades", "_downgrades"
+
+    return f"{name}_upgrades", f"{name}_downgrades"
+
+
+def _produce(extension: Alembic) -> MigrationScript:
+    from alembic.autogenerate import produce_migrations
+    from alembic.operations.ops import MigrationScript
+
+    scripts = []
+
+    for name, context in extension.migration_contexts.items():
+        with _comparing(context):
+            script = produce_migrations(context, context.opts["target_metadata"])
+            assert script.upgrade_ops is not None and script.downgrade_ops is not None
+            tokens = _tokens(extension, name)
+            script.upgrade_ops.upgrade_token, script.downgrade_ops.downgrade_token = (
+                tokens
+            )
+            scripts.append(script)
+
+    if len(scripts) == 1:
+        return scripts[0]
+
+    return MigrationScript(
+        rev_id=None,
+        upgrade_ops=t.cast(t.Any, [each.upgrade_ops for each in scripts]),
+        downgrade_ops=t.cast(t.Any, [each.downgrade_ops for each in scripts]),
+    )
+
+
+def _keeping_scripts(hook: t.Any) -> t.Any:
+    """A user's hook that may empty the list of scripts, as the usual recipe does.
+
+    Alembic looks into the list again for the next database, so what it emptied stays in
+    there, without operations.
+    """
+
+    def process(context: t.Any, revision: t.Any, directives: list[t.Any]) -> None:
+        scripts = list(directives)
+        hook(context, revision, directives)
+
+        if not directives:
+            for each in scripts:
+                each.upgrade_ops_list[-1].ops.clear()
+                each.downgrade_ops_list[-1].ops.clear()
+
+            directives[:] = scripts
+
+    return process
+
+
+_NAMING_CONVENTION = ""
+
+
+def _autogenerate_hooks(options, *, exclude, version_table, version_table_schema):
+    return dict(options)
+
+
+def _escape_message(m, e):
+    return m
+
+
+def _has_models(m):
+    return any(x.tables for x in m)
+
+
+def _user_tables(c, e, v):
+    return [x for x in sa.inspect(c).get_table_names() if x != v]
+
+
+def _unnamed_constraints(x):
+    return []
+
+
+def _differences(d):
+    return [str(x) for x in d]
+
+
+# -- Quick look --------------------------------------------------------------
+# Most starts have nothing to upgrade, and the text of the revision files says so, without
+# importing Alembic or running a file. In any doubt, ask Alembic.
+
+_IDENTIFIERS: t.Final = {"revision", "down_revision", "branch_labels", "depends_on"}
+_BINDS: t.Final = ("STORE_NAME", "DELETE_NAME", "STORE_GLOBAL", "DELETE_GLOBAL")
+_CROOKED: t.Final = {*dis.hasjrel, *dis.hasjabs, dis.EXTENDED_ARG}
+# What could bind a name, or answer for one, where the bytecode does not show it.
+_UNSEEN: t.Final = {"exec", "eval", "globals", "locals", "vars", "setattr", "delattr"}
+_UNSEEN.update(("f_globals", "__dict__", "__getattr__", "__setattr__"))
+
+
+def _quick_heads(locations: cabc.Sequence[str]) -> frozenset[str] | None:
+    """Tell which rows the version table holds when ``upgrade heads`` has nothing to do.
+
+    ``None`` means "don't know": Alembic may refuse the files, or read them by a rule of its
+    own. Only what running a file would show (an ``ImportError`` in it) stays unseen.
+
+    :param locations: Absolute paths, read neither recursively nor sourceless.
+    """
+    import graphlib
+
+    below: dict[str, tuple[str, ...]] = {}
+    names = ["", "base", "head", "heads"]  # mean something else as a target
+
+    try:
+        for path in _revision_files(locations):
+            found = _read_identifiers(path)
+            id_ = found["revision"]
+
+            if not isinstance(id_, str):
+                return None
+
+            below[id_] = _as_names(found["down_revision"])
+            below[id_] += _as_names(found.get("depends_on"))
+            names += (id_, *_as_names(found.get("branch_labels")))
+
+        graphlib.TopologicalSorter(below).prepare()  # raises if there is a loop
+    except Exception:  # whatever is wrong, Alembic says it better
+        return None
+
+    covered = {id_ for ids in below.values() for id_ in ids}
+    is_known = covered <= below.keys()  # a label or a prefix is for Alembic to resolve
+
+    if not is_known or len({*names}) < len(names) or {*"".join(below)} & {*"@-+:"}:
+        return None
+
+    # A head that another branch depends on has no row: these are Alembic's "real heads".
+    return frozenset(below.keys() - covered)
+
+
+def _revision_files(locations: cabc.Iterable[str]) -> cabc.Iterator[str]:
+    """Find the files that Alembic would load; a link counts as the name it leads to."""
+    for location in locations:
+        if "__pycache__" in location:
+            raise ValueError(location)
+
+        try:
+            entries = list(os.scandir(location))
+        except FileNotFoundError:
+            continue
+
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                continue
+
+            # Odd names and kinds, which Alembic's patterns and Python's treat differently.
+            plain = entry.is_file(follow_symlinks=False) and "\n" not in entry.name
+
+            if not plain or entry.name.lstrip(".") == "py":
+                raise ValueError(entry.path)
+
+            if entry.name.endswith(".py") and not entry.name.startswith(
+                (".#", "__init__")
+            ):
+                yield entry.path
+
+
+def _read_identifiers(path: str) -> dict[str, object]:
+    """Read the literals that a revision file binds, each once and at its top level.
+
+    Compiling is what an import does first: it finds every error of syntax, and the bytecode
+    has each place that binds a name. A syntax tree as well would double the time, so it is
+    for files with a jump before the last name, or with values that are no constants.
+    """
+    with open(path, "rb", buffering=0) as file:
+        source = file.read()
+
+    code = compile(source, path, "exec", dont_inherit=True)
+    _refuse_unseen(code)
+    steps, args = code.co_code[::2], code.co_code[1::2]
+    wanted = {i: name for i, name in enumerate(code.co_names) if name in _IDENTIFIERS}
+    spots = [
+        n for n, i in enumerate(args) if i in wanted and dis.opname[steps[n]] in _BINDS
+    ]
+    bound = sorted(wanted[args[n]] for n in spots)
+    found: dict[str, object] = {}
+
+    if not code.co_exceptiontable and _CROOKED.isdisjoint(steps[: spots[-1]]):
+        for n in spots:
+            if dis.opname[steps[n - 1]] == "LOAD_CONST":
+                found[wanted[args[n]]] = code.co_consts[args[n - 1]]
+
+    if sorted(found) != bound:
+        for node in ast.parse(source, path).body:
+            match node:
+                case ast.Assign([ast.Name(name)], value) | ast.AnnAssign(
+                    ast.Name(name), value=ast.expr() as value
+                ) if name in bound:
+                    found[name] = ast.literal_eval(value)
+                case _:
+                    pass
+
+    if sorted(found) != bound:
+        raise ValueError(path)
+
+    return found
+
+
+def _refuse_unseen(code: types.CodeType) -> None:
+    """Refuse code that may bind an identifier where its own bytecode does not show it."""
+    scopes = [code]
+
+    for scope in scopes:  # grows on the way
+        scopes += [each for each in scope.co_consts if isinstance(each, types.CodeType)]
+        unseen = _UNSEEN if scope is code else _UNSEEN | _IDENTIFIERS
+
+        # The last two: 'from x import *', and an instruction's eight bits for a name.
+        if (
+            unseen & {*scope.co_names}
+            or ("*",) in code.co_consts
+            or len(code.co_names) > 256
+        ):
+            raise ValueError(code.co_filename)
+
+
+def _as_names(value: object) -> tuple[str, ...]:
+    """Read none, one or several names, in the ways that Alembic takes them."""
+    names = () if value is None else (value,) if isinstance(value, str) else value
+
+    if not isinstance(names, (tuple, list)) or {type(each) for each in names} - {str}:
+        raise TypeError(value)
+
+    return tuple(t.cast("cabc.Sequence[str]", names))
+
+
+def _signature(
+    locations: cabc.Iterable[str], recursive: bool
+) -> tuple[tuple[str, str, int, int], ...]:
+    """Describe the version locations' files, such that any change of them shows."""
+    found: list[tuple[str, str, int, int]] = []
+    folders = list(locations)
+
+    for folder in folders:  # grows on the way
+        entries: list[os.DirEntry[str]] = []
+
+        try:
+            entries += os.scandir(folder)
+            stems = {entry.name.split(".")[0] for entry in entries}
+            caches = os.scandir(os.path.join(folder, "__pycache__"))
+            entries += [each for each in caches if each.name.split(".")[0] not in stems]
+        except OSError:
+            pass
+
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                if recursive and entry.name != "__pycache__":
+                    folders.append(entry.path)
+            elif entry.name.endswith((".py", ".pyc", ".pyo")) or entry.is_symlink():
+                try:
+                    status = entry.stat()
+                except OSError:  # gone, or a link to nowhere
+                    continue
+
+                place = os.path.dirname(entry.path)
+                found.append((place, entry.name, status.st_mtime_ns, status.st_size))
+
+    return tuple(sorted(found))
+
+
+# -- Commands --------------------------------------------------------------------------
+# Each parses, calls one method, prints: data to stdout, the rest to stderr. What a command
+# needs hangs on it and not on the group, so that one can be mounted elsewhere alone.
+
+
+def _with_prefix(
+    info_name: str | None,
+    args: list[str],
+    parent: click.Context | None = None,
+    **extra: t.Any,
+) -> dict[str, t.Any]:
+    """Let options come from ``FLASK_…`` in a test runner too, as in a ``flask`` process."""
+    if parent is None or parent.auto_envvar_prefix is None:
+        above = parent.command_path.split()[1:] if parent else []
+        names = ("FLASK", *above, info_name or "db")
+        extra.setdefault("auto_envvar_prefix", "_".join(names))
+
+    return {"info_name": info_name, "args": args, "parent": parent, **extra}
+
+
+def _reported(
+    callback: cabc.Callable[..., t.Any], *, takes_verbose: bool
+) -> cabc.Callable[..., t.Any]:
+    """Make one line of an error of the user's making; show log lines meanwhile."""
+
+    @functools.wraps(callback)
+    def wrapper(*args: t.Any, **kwargs: t.Any) -> t.Any:
+        verbose = (
+            kwargs.get("verbose") if takes_verbose else kwargs.pop("verbose", False)
+        )
+
+        try:
+            with _logging(logging.WARNING if kwargs.get("quiet") else logging.INFO):
+                return callback(*args, **kwargs)
+        except Exception as error:
+            if not _is_user_error(error):
+                raise
+
+            if verbose or get_debug_flag():
+                from traceback import format_exception
+
+                click.echo("".join(format_exception(error)), err=True, nl=False)
+
+            raise click.ClickException(_user_message(error)) from error
+
+    return wrapper
+
+
+class _Command(click.Command):
+    """A command whose errors of the user's making are one line, wherever it is mounted."""
+
+    def __init__(self, *args: t.Any, **kwargs: t.Any) -> None:
+        super().__init__(*args, **kwargs)
+        own = any("-v" in param.opts for param in self.params)
+
+        if self.callback is not None:
+            self.callback = _reported(self.callback, takes_verbose=own)
+
+        if not own:
+            self.params.append(_verbose("Show the traceback of an error."))
+
+    def make_context(self, *args: t.Any, **kwargs: t.Any) -> click.Context:
+        return super().make_context(**_with_prefix(*args, **kwargs))
+
+
+class _Group(AppGroup):
+    """Lists commands in the order in which they were added, aliases beside their command."""
+
+    command_class = _Command
+
+    def make_context(self, *args: t.Any, **kwargs: t.Any) -> click.Context:
+        return super().make_context(**_with_prefix(*args, **kwargs))
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+    def format_commands(
+        self, ctx: click.Context, formatter: click.HelpFormatter
+    ) -> None:
+        names: dict[click.Command, str] = {}
+
+        for name, command in self.commands.items():
+            first = names.get(command)
+            names[command] = f"{first} ({name})" if first else name
+
+        limit = max(formatter.width - 6 - max(map(len, names.values())), 20)
+
+        with formatter.section("Commands"):
+            formatter.write_dl(
+                [(name, c.get_short_help_str(limit)) for c, name in names.items()]
+            )
+
+
+def _flag(*names: str, text: str) -> click.Option:
+    return click.Option(names, is_flag=True, help=text)
+
+
+def _verbose(text: str = "Show all about each revision.") -> click.Option:
+    return _flag("-v", "--verbose", text=text)
+
+
+def _option(*names: str, metavar: str, text: str, **more: t.Any) -> click.Option:
+    text += " Can be repeated." if more.get("multiple") else ""
+    more["shell_complete"] = _complete
+    return click.Option(names, metavar=metavar, help=text, **more)
+
+
+def _argument(name: str, default: t.Any, **more: t.Any) -> click.Argument:
+    more["metavar"] = f"[{name.upper()}]" + ("..." if "nargs" in more else "")
+    more["shell_complete"] = _complete
+    return click.Argument([name], default=default, **more)
+
+
+def _complete(
+    ctx: click.Context, param: click.Parameter, incomplete: str
+) -> list[CompletionItem]:
+    """Complete names of databases, branches and revisions; with nothing if it cannot."""
+    import warnings
+
+    try:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(warnings.catch_warnings(action="ignore"))
+
+            if not current_app:
+                app = ctx.ensure_object(ScriptInfo).load_app()
+                stack.enter_context(app.app_context())
+
+            names = _names_for(_alembic(), str(param.metavar))
+            return [
+                CompletionItem(name, help=text)
+                for name, text in names.items()
+                if name.startswith(incomplete)
+            ]
+    except (Exception, SystemExit):
+        # What is wrong must not be told in the middle of a line that is being typed.
+        return []
+
+
+def _names_for(alembic: Alembic, metavar: str) -> dict[str, str | None]:
+    """What may stand for a metavar, with explanations."""
+    if metavar == "NAME":
+        return dict.fromkeys(alembic.databases)
+
+    if not any(word in metavar for word in ("BRANCH", "REVISION", "TARGET")):
+        return {}
+
+    scripts = alembic.log()
+    labels = sorted({label for script in scripts for label in script.branch_labels})
+
+    if metavar == "BRANCH":
+        return dict.fromkeys(labels)
+
+    symbols = [*(f"{label}@head" for label in labels), "head", "heads", "base"]
+    return {script.revision: script.doc for script in scripts} | dict.fromkeys(symbols)
+
+
+def _check_target(ctx: click.Context, param: click.Parameter, value: str) -> str:
+    """Refuse what was let through as a target because it might have been ``-2``."""
+    if value.startswith("-") and not value[1:].isdecimal():
+        raise click.NoSuchOption(value, ctx=ctx)
+
+    return value
+
+
+_database: t.Final = _option(
+    "-n", "--database", metavar="NAME", multiple=True, text="Only this database."
+)
+_sql: t.Final = _flag("--sql", text="Print the SQL script in place of running it.")
+_message: t.Final = _option("-m", "--message", metavar="TEXT", text="What it does.")
+_label: t.Final = _option(
+    *("-l", "--label", "--branch-label", "label"),
+    metavar="LABEL",
+    multiple=True,
+    text="Name for the branch that starts here.",
+)
+_rev_id: t.Final = _option(
+    "--rev-id", metavar="ID", text="Its id, in place of a new one."
+)
+_splice: t.Final = _flag("--splice", text="Allow a parent that is not a head.")
+_x: t.Final = _option(
+    *("-x", "--x-arg", "x"),
+    metavar="KEY=VALUE",
+    multiple=True,
+    text="For revisions that read it.",
+)
+_to_run: t.Final = [
+    _sql,
+    _option("--tag", metavar="TEXT", text="For revisions that read it."),
+    _x,
+    _database,
+]
+_to_migrate: t.Final = [
+    _flag("--plan", text="Show what would run and what it drops. Nothing is changed."),
+    _flag("-q", "--quiet", text="Show no progress."),
+    *_to_run,
+]
+
+#: The commands, for applications that mount them under a group of their own.
+cli: t.Final = _Group(
+    "db",
+    help="Perform database migrations.",
+    epilog='\b\nExample:\n  flask db revision "add users"\n  flask db upgrade',
+)
+
+
+@cli.command("mkdir")
+def _mkdir_command() -> None:
+    """Make the migrations folder."""
+    alembic = _alembic()
+    alembic.mkdir()
+    click.echo(alembic.script_directory.dir)
+
+
+@cli.command(
+    "revision",
+    params=[
+        click.Argument(["text"], metavar="[MESSAGE]", default=""),
+        _message,
+        _flag("--empty", text="Do not compare models and databases."),
+        _option(
+            *("-b", "--branch"),
+            metavar="BRANCH",
+            default="default",
+            text="Branch to go on with, or to start.",
+        ),
+        _option(
+            *("-p", "--parent", "--head", "parent"),
+            metavar="REVISION",
+            multiple=True,
+            default=("head",),
+            text="Revision to go on from.",
+        ),
+        _splice,
+        _option(
+            *("-d", "--depend", "--depends-on", "depend"),
+            metavar="REVISION",
+            multiple=True,
+            text="Revision of another branch that must run before.",
+        ),
+        _label,
+        click.Option(
+            ["--path", "--version-path", "path"],
+            type=click.Path(file_okay=False),
+            metavar="FOLDER",
+            help="Folder for the file.",
+        ),
+        _rev_id,
+        _x,
+        _database,
+    ],
+)
+def _revision_command(text: str, message: str | None, **options: t.Any) -> None:
+    """Write a revision file from what changed in the models."""
+    source = click.get_current_context().get_parameter_source("message")
+
+    if text and message and source is ParameterSource.COMMANDLINE:
+        raise click.UsageError("Give the message either as MESSAGE or with '-m'.")
+
+    made = _alembic().revision(text or message or "", **_given(options))
+    _echo(script.path for script in made)
+
+    if not made:
+        click.echo("No changes detected.", err=True)
+
+
+@cli.command(
+    "merge",
+    params=[
+        _argument("revisions", ("heads",), nargs=-1),
+        *(_message, _label, _rev_id, _splice),
+    ],
+)
+def _merge_command(**options: t.Any) -> None:
+    """Write a revision file that joins several heads."""
+    click.echo(_alembic().merge(**_given(options)).path)
+
+
+@cli.command(
+    "upgrade",
+    params=[_argument("target", "heads", callback=_check_target), *_to_migrate],
+)
+def _upgrade_command(target: str, **options: t.Any) -> None:
+    """Run the revisions that lead up to TARGET."""
+    _migrate("upgrade", target, **options)
+
+
+@cli.command(
+    "downgrade",
+    params=[_argument("target", "-1", callback=_check_target), *_to_migrate],
+    context_settings={"ignore_unknown_options": True},
+)
+def _downgrade_command(target: str, **options: t.Any) -> None:
+    """Undo the revisions down to TARGET; a number counts them."""
+    if options["sql"] and not all(target.partition(":")):
+        raise click.UsageError("'--sql' needs START:TARGET here, as 'current:-1'.")
+
+    _migrate("downgrade", target, **options)
+
+
+@cli.command(
+    "stamp",
+    params=[
+        _argument("targets", ("heads",), nargs=-1),
+        _flag("--purge", text="Forget what the version table says, unread."),
+        *_to_run,
+    ],
+)
+def _stamp_command(
+    targets: tuple[str, ...], purge: bool, sql: bool, **options: t.Any
+) -> None:
+    """Write TARGETS into the version table, and run nothing."""
+    ranges = [_split_range(target, sql=sql) for target in targets]
+    wanted = [target for _, target in ranges]
+
+    if sql and purge:
+        raise click.UsageError("Give either '--sql' or '--purge'.")
+
+    if sql:
+        start = next(filter(None, (start for start, _ in ranges)), "base")
+        _echo_scripts(_alembic().stamp_sql(wanted, start, **_given(options)))
+    else:
+        made = _alembic().stamp(wanted, purge=purge, **_given(options))
+        _echo(_format(script) for script in made)
+
+
+@cli.command(
+    "status", params=[_flag("--json", text="Print JSON for programs."), _database]
+)
+def _status_command(json: bool, database: tuple[str, ...]) -> None:
+    """Show where each database stands, and what an upgrade would run."""
+    status = _alembic().status(database or None)
+
+    if json:
+        from json import dumps
+
+        data = {name: _status_data(state) for name, state in status.items()}
+        click.echo(dumps({"databases": data}, indent=2))
+    else:
+        _echo(line for item in status.items() for line in _status_lines(*item))
+
+
+@cli.command(
+    "current",
+    params=[
+        _flag("-c", "--check-heads", text="Exit with 1 if an upgrade is pending."),
+        _verbose(),
+        _database,
+    ],
+)
+def _current_command(
+    check_heads: bool, verbose: bool, database: tuple[str, ...]
+) -> None:
+    """Show the revisions that each database is at."""
+    alembic = _alembic()
+    found = {name: alembic.current(name) for name in database or alembic.databases}
+
+    for name, scripts in found.items():
+        _echo([f"Database: {name}"] if len(found) > 1 else [])
+        _echo(_format(script, verbose=verbose) for script in scripts)
+
+    if check_heads and alembic.needs_upgrade(database or None):
+        raise click.ClickException("Not at the head revisions: run 'flask db upgrade'.")
+
+
+@cli.command("check", params=[_database])
+def _check_command(database: tuple[str, ...]) -> None:
+    """Exit with 1 if models and databases differ, or a branch has several heads."""
+    alembic = _alembic()
+    names = database or alembic.databases
+    found = {name: _differences(alembic.compare_metadata(name)) for name in names}
+    found = {name: texts for name, texts in found.items() if texts}
+    diverged = alembic.diverged()
+
+    for name, texts in found.items():
+        _echo([f"Models and database '{name}' differ:", *(f"  {x}" for x in texts)])
+
+    for branch, heads in diverged.items():
+        click.echo(f"Branch '{branch}' has {len(heads)} heads:")
+        _echo(f"  {_format(script)}" for script in heads)
+        click.echo(
+            f"To merge them: flask db merge {' '.join(s.revision for s in heads)}"
+        )
+
+    if found or diverged:
+        click.get_current_context().exit(1)
+
+    click.echo("No changes detected.")
+
+
+@cli.command(
+    "heads",
+    params=[
+        _flag("--resolve-dependencies", text="Leave out what another branch needs."),
+        _verbose(),
+    ],
+)
+def _heads_command(resolve_dependencies: bool, verbose: bool) -> None:
+    """Show the revisions that no other follows."""
+    scripts = _alembic().heads(resolve_dependencies)
+    _echo(_format(script, verbose=verbose) for script in scripts)
+
+
+@cli.command("branches", params=[_verbose()])
+def _branches_command(verbose: bool) -> None:
+    """Show the revisions that more than one other follows."""
+    alembic = _alembic()
+
+    for script in alembic.branches():
+        click.echo(_format(script, verbose=verbose))
+        children = alembic.script_directory.get_revisions(sorted(script.nextrev))
+        _echo(f"    -> {_format(child)}" for child in children)
+
+
+@cli.command(
+    "log",
+    params=[
+        _option("--start", metavar="REVISION", text="Oldest revision to show."),
+        _option("--end", metavar="REVISION", text="Newest revision to show."),
+        click.Option(["-r", "--rev-range"], metavar="A:B", help="Short for both."),
+        _flag(
+            "-i", "--indicate-current", text="Fail if no database tells the current."
+        ),
+        _verbose(),
+        _database,
+    ],
+)
+def _log_command(
+    start: str | None,
+    end: str | None,
+    rev_range: str | None,
+    indicate_current: bool,
+    verbose: bool,
+    database: tuple[str, ...],
+) -> None:
+    """Show the history, newest first."""
+    if rev_range is not None:
+        if start or end or rev_range.count(":") != 1:
+            raise click.UsageError("'-r' takes A:B, in place of '--start' and '--end'.")
+
+        start, _, end = rev_range.partition(":")
+
+    marks = _current_marks(database, needed=indicate_current)
+    scripts = _alembic().log(start or "base", end or "heads")
+    _echo(
+        _format(script, marks.get(script.revision), verbose=verbose)
+        for script in scripts
+    )
+
+
+@cli.command("show", params=[_argument("revisions", ("head",), nargs=-1), _database])
+def _show_command(revisions: tuple[str, ...], database: tuple[str, ...]) -> None:
+    """Show all about revisions; 'current' is one."""
+    marks = _current_marks(database)
+
+    for name in revisions:
+        scripts = _resolve(name, database)
+        _echo(
+            _format(script, marks.get(script.revision), verbose=True)
+            for script in scripts
+        )
+
+
+@cli.command("edit", params=[_argument("revision", "head")])
+def _edit_command(revision: str) -> None:
+    """Open the file of a revision in the editor."""
+    for script in _resolve(revision):
+        click.edit(filename=script.path)
+
+
+@cli.command("ensure-version", params=[_sql, _database])
+def _ensure_version_command(sql: bool, database: tuple[str, ...]) -> None:
+    """Make the version table where it is missing."""
+    if sql:
+        _echo_scripts(_alembic().ensure_version_sql(database=database or None))
+    else:
+        _alembic().ensure_version(database or None)
+
+
+for _alias, _name in (("init", "mkdir"), ("migrate", "revision"), ("history", "log")):
+    cli.add_command(cli.commands[_name], _alias)
+
+
+def _alembic() -> Alembic:
+    """The extension of the current application."""
+    if "alembic" not in current_app.extensions:
+        raise click.ClickException("The application has no 'Alembic(app)'.")
+
+    return t.cast("Alembic", current_app.extensions["alembic"])
+
+
+def _given(options: dict[str, t.Any]) -> dict[str, t.Any]:
+    """Options as the methods take them: nothing for what was not given."""
+    return {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in options.items()
+        if value not in ((), None)
+    }
+
+
+def _split_range(target: str, *, sql: bool) -> tuple[str, str]:
+    """Take ``[START:]TARGET`` apart."""
+    start, colon, end = target.rpartition(":")
+
+    if colon and not (sql and end):
+        raise click.UsageError("START:TARGET is for '--sql', and needs a target.")
+
+    return start, end
+
+
+def _migrate(
+    verb: str, target: str, *, sql: bool, plan: bool, quiet: bool, **options: t.Any
+) -> None:
+    """Upgrade or downgrade, or tell what that would do."""
+    alembic: t.Any = _alembic()
+    start, target = _split_range(target, sql=sql)
+    options = _given(options)
+
+    if sql and plan:
+        raise click.UsageError("Give either '--sql' or '--plan'.")
+
+    if sql:
+        _echo_scripts(
+            getattr(alembic, f"{verb}_sql")(target, start or "base", **options)
+        )
+    elif plan:
+        steps = getattr(alembic, f"{verb}_plan")(target, **options)
+        _echo(line for item in steps.items() for line in _plan_lines(verb, *item))
+    elif quiet:
+        getattr(alembic, verb)(target, **options)
+    else:
+        with _shown_progress(f"{verb}d", named=len(alembic.databases) > 1):
+            getattr(alembic, verb)(target, **options)
+
+
+def _resolve(name: str, database: tuple[str, ...] = ()) -> tuple[Script, ...]:
+    """The revisions that a name stands for; ``current`` is what the databases are at."""
+    alembic = _alembic()
+
+    if name == "current":
+        return alembic.current(database or None)
+
+    return tuple(alembic.script_directory.get_revisions(name))
+
+
+def _current_marks(
+    database: tuple[str, ...], *, needed: bool = False
+) -> dict[str, str]:
+    """How to mark current revisions; nothing if there is no database, unless needed."""
+    try:
+        status = _alembic().status(database or None)
+    except Exception as error:
+        if needed or not _is_user_error(error):
+            raise
+
+        return {}
+
+    names: dict[str, list[str]] = {}
+
+    for name, state in status.items():
+        for script in state.current:
+            names.setdefault(script.revision, []).append(name)
+
+    return {
+        revision: f" (current{': ' + ', '.join(x) if len(x) < len(status) else ''})"
+        for revision, x in names.items()
+    }
+
+
+def _summary(script: Script) -> str:
+    return " ".join((script.doc or "").split())
+
+
+def _format(script: Script, mark: str | None = None, *, verbose: bool = False) -> str:
+    """A revision as Alembic shows it; its own mark is state that threads would share."""
+    if verbose:
+        first, _, rest = script.log_entry.partition("\n")
+        text = f"{first}{mark or ''}\n{rest}"
+    else:
+        text = script.cmd_format(False, include_branches=True, include_parents=True)
+        text = f"{text}{mark or ''}, {_summary(script)}"
+
+    for names in (script.branch_labels, script.nextrev):
+        # They are sets: the same history would look different each time.
+        text = text.replace(", ".join(names), ", ".join(sorted(names)), 1)
+
+    return text
+
+
+def _width(text: str) -> int:
+    """The columns that a text takes on a terminal."""
+    from unicodedata import combining
+    from unicodedata import east_asian_width as kind
+
+    return sum(0 if combining(c) else 1 + (kind(c) in "WF") for c in text)
+
+
+def _table(rows: list[tuple[str, str]]) -> list[str]:
+    """Two columns, however wide the characters."""
+    width = max((_width(first) for first, _ in rows), default=0)
+    return [f"{a}{' ' * (width - _width(a))}  {b}".rstrip() for a, b in rows]
+
+
+def _style(text: str, **style: t.Any) -> str:
+    """Colour, which Click takes out again where no terminal is."""
+    return text if os.environ.get("NO_COLOR") else click.style(text, **style)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def _echo(lines: cabc.Iterable[str]) -> None:
+    for line in lines:
+        click.echo(line)
+
+
+def _echo_scripts(scripts: dict[str, str]) -> None:
+    for name, script in scripts.items():
+        _echo([f"-- Database: {name}\n"] if len(scripts) > 1 else [])
+        click.echo(script.rstrip())
+        _echo([""] if len(scripts) > 1 else [])
+
+
+def _plan_lines(verb: str, name: str, steps: list[PlannedStep]) -> cabc.Iterator[str]:
+    yield f"{name}: {_count(len(steps), 'revision') if steps else 'nothing'} to {verb}"
+    rows = _table([(f"  {s.revision.revision}", _summary(s.revision)) for s in steps])
+
+    for step, row in zip(steps, rows, strict=True):
+        yield row
+
+        if step.drops:
+            yield _style(f"    ! drops {', '.join(step.drops)}", fg="red")
+
+        if step.problem:
+            yield _style(
+                f"    ? cannot tell what it drops: {step.problem}", fg="yellow"
+            )
+
+
+def _status_lines(name: str, state: DatabaseStatus) -> cabc.Iterator[str]:
+    if state.unknown:
+        words = _style(_count(len(state.unknown), "unknown id"), fg="red")
+    elif state.pending:
+        words = _style(_count(len(state.pending), "revision") + " pending", fg="yellow")
+    else:
+        words = _style("up to date", fg="green")
+
+    yield f"{name}: {words}"
+    groups = {"current": state.current, "head": state.heads, "pending": state.pending}
+    rows = [
+        (f"  {'' if i else kind:<7}  {script.revision}", _summary(script))
+        for kind, scripts in groups.items()
+        for i, script in enumerate(scripts)
+    ]
+    rows += [(f"  unknown  {revision}", "no file has it") for revision in state.unknown]
+    yield from _table(rows)
+
+
+def _status_data(state: DatabaseStatus) -> dict[str, t.Any]:
+    """What ``status --json`` prints of a database. Its keys are promised."""
+    return {
+        "current": [script.revision for script in state.current],
+        "heads": [script.revision for script in state.heads],
+        "pending": [
+            {
+                "revision": script.revision,
+                "message": _summary(script),
+                "path": script.path,
+            }
+            for script in state.pending
+        ],
+        "unknown": list(state.unknown),
+    }
+
+
+@contextlib.contextmanager
+def _logging(level: int) -> cabc.Iterator[None]:
+    """Show log lines, unless something does already; leave no trace."""
+    loggers = [logging.getLogger("alembic"), _logger]
+
+    if any(logger.hasHandlers() for logger in loggers):
+        yield
+        return
+
+    # Of Alembic's own, "Detected ..." is shown; "Running ..." is what progress tells.
+    levelled = [logging.getLogger("alembic.autogenerate"), _logger]
+    former = [logger.level for logger in levelled]
+    handler = _StderrHandler()
+
+    for logger, chatty in zip(loggers, levelled, strict=True):
+        logger.addHandler(handler)
+        chatty.setLevel(level)
+
+    try:
+        yield
+    finally:
+        for logger, chatty, old in zip(loggers, levelled, former, strict=True):
+            logger.removeHandler(handler)
+            chatty.setLevel(old)
+
+
+class _StderrHandler(logging.Handler):
+    """Writes to the stderr of the moment, and not into a line of progress."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = self.format(record)
+
+        if record.levelno >= logging.WARNING:
+            text = _style(f"{record.levelname.capitalize()}: {text}", fg="yellow")
+
+        if isinstance(progress := _progress.get(), _ProgressLines):
+            progress.end_line()
+
+        click.echo(text, err=True)
+
+
+@contextlib.contextmanager
+def _shown_progress(verb: str, *, named: bool) -> cabc.Iterator[None]:
+    """Show each revision as it runs, then how many ran in what time."""
+    lines = _ProgressLines(named)
+    token = _progress.set(lines)
+    began = time.perf_counter()
+
+    try:
+        yield
+    finally:
+        _progress.reset(token)
+        lines.end_line(" failed")
+
+    seconds = time.perf_counter() - began
+    done = f"{_count(lines.done, 'revision')} {verb} in {seconds:.2f}s."
+    click.echo(done if lines.done else "Nothing to do.", err=True)
+
+
+class _ProgressLines:
+    """Begins a line when a revision starts, and ends it with the time that it took."""
+
+    def __init__(self, named: bool) -> None:
+        self.named = named
+        self.done = 0
+        self._open = False
+
+    def __call__(self, step: _Progress) -> None:
+        terminal = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+        place, name, text = self._columns(step, terminal)
+
+        if step.seconds is None:
+            self.end_line()
+            click.echo(f"{place}  {name}  {text} ...", err=True, nl=False)
+            self._open = True
+            return
+
+        if terminal:
+            # The line is written again: something may have been printed beside it.
+            place, name = _style(f"\r{place}", dim=True), _style(name, fg="cyan")
+
+        again = terminal or not self._open
+        line = f"{place}  {name}  {text} ..." if again else ""
+        click.echo(f"{line} {step.seconds:.2f}s", err=True)
+        self._open = False
+        self.done += 1
+
+    def _columns(self, step: _Progress, terminal: bool) -> tuple[str, str, str]:
+        place = f"{step.index:>3}/{step.total}"
+        name = (f"{step.database}  " if self.named else "") + step.revision.revision
+        text = _summary(step.revision)
+
+        if terminal:
+            # One that wraps could not be written over.
+            import shutil
+
+            room = shutil.get_terminal_size().columns - _width(place + name)
+
+            while text and _width(text) > room - len("     ... 999.99s"):
+                text = text[:-1]
+
+        return place, name, text
+
+    def end_line(self, end: str = "") -> None:
+        """End a line that waits for its time."""
+        if self._open:
+            click.echo(end, err=True)
+            self._open = False
