@@ -21,11 +21,11 @@ from __future__ import annotations
 import ast
 import collections.abc as cabc
 import contextlib
-import dataclasses
 import dis
 import functools
 import logging
 import os
+import re
 import sys
 import threading
 import time
@@ -36,7 +36,6 @@ from contextvars import ContextVar
 
 import click
 import sqlalchemy as sa
-from click.core import ParameterSource
 from click.shell_completion import CompletionItem
 from flask import Flask
 from flask import current_app
@@ -87,8 +86,7 @@ _logger: t.Final = logging.getLogger("flask_alembic")
 _MYSQL: t.Final = ("mysql", "mariadb")
 
 
-@dataclasses.dataclass(frozen=True)
-class DatabaseStatus:
+class DatabaseStatus(t.NamedTuple):
     """Where one database stands, as :meth:`Alembic.status` reports it."""
 
     #: Revisions in the version table.
@@ -101,8 +99,7 @@ class DatabaseStatus:
     unknown: tuple[str, ...]
 
 
-@dataclasses.dataclass(frozen=True)
-class PlannedStep:
+class PlannedStep(t.NamedTuple):
     """One step of :meth:`Alembic.upgrade_plan` or :meth:`Alembic.downgrade_plan`."""
 
     revision: Script
@@ -113,14 +110,13 @@ class PlannedStep:
     problem: str | None = None
 
 
-@dataclasses.dataclass(frozen=True)
-class _Progress:
+class _Progress(t.NamedTuple):
     """A step that starts (``seconds`` is ``None``) or is done."""
 
     database: str
     revision: Script
     is_upgrade: bool
-    index: int
+    number: int
     total: int
     seconds: float | None
 
@@ -1162,8 +1158,7 @@ _scopes: t.Final[ContextVar[tuple[_Scope, ...]]] = ContextVar(
 # -- Configuration ---------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
-class _Settings:
+class _Settings(t.NamedTuple):
     """``app.config["ALEMBIC"]``, checked and cast."""
 
     #: Absolute path of the migrations folder.
@@ -1497,8 +1492,7 @@ def _options(extension: Alembic, name: str) -> dict[str, t.Any]:
 # -- Engines and metadata --------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
-class _Target:
+class _Target(t.NamedTuple):
     """One database: its name, its (sync side of the) engine, its metadata."""
 
     name: str
@@ -1514,7 +1508,7 @@ class _Target:
         """The address without its password."""
         return self.engine.url.render_as_string(hide_password=True)
 
-    @functools.cached_property
+    @property
     def identity(self) -> tuple[str, ...]:
         """What tells this database from others, as far as the URL says."""
         url = self.engine.url
@@ -1608,11 +1602,13 @@ def _find_targets(
         )
 
     return {
-        name: _Target(
-            name, getattr(found[name], "sync_engine", found[name]), _as_list(each)
-        )
+        name: _Target(name, _sync_engine(found[name]), _as_list(each))
         for name, each in metadatas.items()
     }
+
+
+def _sync_engine(engine: t.Any) -> sa.Engine:
+    return t.cast(sa.Engine, getattr(engine, "sync_engine", engine))
 
 
 def _detect_engines(db: t.Any) -> dict[str, EngineOption]:
@@ -2952,7 +2948,7 @@ def _place(
     labels = _as_list(label)
     known = {each for s in script.walk_revisions() for each in s.branch_labels}
     parents = _as_list(_identifiers(parent))
-    heads = t.cast("tuple[Script, ...]", script.get_revisions(script.get_heads()))
+    heads = script.get_revisions(script.get_heads())
 
     if parents != ["head"]:
         if branch not in known and branch != "default":
@@ -3172,33 +3168,35 @@ def _keeping_scripts(hook: t.Any) -> t.Any:
 _NAMING_CONVENTION = ""
 
 
-def _autogenerate_hooks(options, *, exclude, version_table, version_table_schema):
+def _autogenerate_hooks(
+    options: t.Any, *, exclude: t.Any, version_table: t.Any, version_table_schema: t.Any
+) -> t.Any:
     return dict(options)
 
 
-def _escape_message(m, e):
+def _escape_message(m: t.Any, e: t.Any) -> t.Any:
     return m
 
 
-def _has_models(m):
+def _has_models(m: t.Any) -> t.Any:
     return any(x.tables for x in m)
 
 
-def _user_tables(c, e, v):
+def _user_tables(c: t.Any, e: t.Any, v: t.Any) -> t.Any:
     return [x for x in sa.inspect(c).get_table_names() if x != v]
 
 
-def _unnamed_constraints(x):
+def _unnamed_constraints(x: t.Any) -> t.Any:
     return []
 
 
-def _differences(d):
+def _differences(d: t.Any) -> t.Any:
     return [str(x) for x in d]
 
 
-# -- Quick look --------------------------------------------------------------
-# Most starts have nothing to upgrade, and the text of the revision files says so, without
-# importing Alembic or running a file. In any doubt, ask Alembic.
+# -- Quick look ------------------------------------------------------------------------
+# Most starts have nothing to upgrade, and the text of the revision files says so,
+# without importing Alembic or running a file. In any doubt, Alembic is asked.
 
 _IDENTIFIERS: t.Final = {"revision", "down_revision", "branch_labels", "depends_on"}
 _BINDS: t.Final = ("STORE_NAME", "DELETE_NAME", "STORE_GLOBAL", "DELETE_GLOBAL")
@@ -3209,77 +3207,69 @@ _UNSEEN.update(("f_globals", "__dict__", "__getattr__", "__setattr__"))
 
 
 def _quick_heads(locations: cabc.Sequence[str]) -> frozenset[str] | None:
-    """Tell which rows the version table holds when ``upgrade heads`` has nothing to do.
+    """Tell which rows the version table holds when nothing is left to upgrade.
 
-    ``None`` means "don't know": Alembic may refuse the files, or read them by a rule of its
-    own. Only what running a file would show (an ``ImportError`` in it) stays unseen.
+    ``None`` means "don't know": Alembic may refuse the files, or have a rule of its own.
+    Only what running a file would show (an ``ImportError`` in it) stays unseen.
 
     :param locations: Absolute paths, read neither recursively nor sourceless.
     """
     import graphlib
 
     below: dict[str, tuple[str, ...]] = {}
-    names = ["", "base", "head", "heads"]  # mean something else as a target
+    names = ["", "base", "head", "heads"]  # not for ids: three are targets
 
     try:
         for path in _revision_files(locations):
             found = _read_identifiers(path)
-            id_ = found["revision"]
+            id_ = t.cast("str", found["revision"])  # if not, join() fails
+            needs, labels = found.get("depends_on"), found.get("branch_labels")
+            below[id_] = _as_names(found["down_revision"]) + _as_names(needs)
+            names += (id_, *_as_names(labels))
 
-            if not isinstance(id_, str):
-                return None
-
-            below[id_] = _as_names(found["down_revision"])
-            below[id_] += _as_names(found.get("depends_on"))
-            names += (id_, *_as_names(found.get("branch_labels")))
-
-        graphlib.TopologicalSorter(below).prepare()  # raises if there is a loop
+        covered = {id_ for ids in below.values() for id_ in ids}
+        illegal = {*"".join(below)} & {*"@-+:"}
+        graphlib.TopologicalSorter(below).prepare()  # fails if there is a loop
     except Exception:  # whatever is wrong, Alembic says it better
         return None
 
-    covered = {id_ for ids in below.values() for id_ in ids}
-    is_known = covered <= below.keys()  # a label or a prefix is for Alembic to resolve
-
-    if not is_known or len({*names}) < len(names) or {*"".join(below)} & {*"@-+:"}:
+    # Some name is there twice, or one is a label or a prefix (or missing).
+    if illegal or len({*names}) < len(names) or covered - {*below}:
         return None
 
-    # A head that another branch depends on has no row: these are Alembic's "real heads".
-    return frozenset(below.keys() - covered)
+    return frozenset({*below} - covered)  # dependencies have no row: the "real heads"
 
 
 def _revision_files(locations: cabc.Iterable[str]) -> cabc.Iterator[str]:
-    """Find the files that Alembic would load; a link counts as the name it leads to."""
+    """Find the files that Alembic would load."""
     for location in locations:
-        if "__pycache__" in location:
-            raise ValueError(location)
-
         try:
             entries = list(os.scandir(location))
         except FileNotFoundError:
             continue
 
         for entry in entries:
-            if entry.is_dir(follow_symlinks=False):
-                continue
-
-            # Odd names and kinds, which Alembic's patterns and Python's treat differently.
-            plain = entry.is_file(follow_symlinks=False) and "\n" not in entry.name
-
-            if not plain or entry.name.lstrip(".") == "py":
+            # Alembic goes by the name that a link leads to. Over the other oddities it
+            # stumbles, or looks elsewhere.
+            if entry.is_symlink() or "__pycache__" in location or "\n" in entry.name:
                 raise ValueError(entry.path)
 
-            if entry.name.endswith(".py") and not entry.name.startswith(
-                (".#", "__init__")
-            ):
+            if not entry.name.endswith(".py") or entry.is_dir():
+                continue
+
+            if not entry.is_file() or entry.name.strip(".") == "py":
+                raise ValueError(entry.path)
+
+            if not entry.name.startswith((".#", "__init__")):
                 yield entry.path
 
 
 def _read_identifiers(path: str) -> dict[str, object]:
-    """Read the literals that a revision file binds, each once and at its top level.
+    """Read the literals that a file binds to the identifiers: once, at its top level.
 
-    Compiling is what an import does first: it finds every error of syntax, and the bytecode
-    has each place that binds a name. A syntax tree as well would double the time, so it is
-    for files with a jump before the last name, or with values that are no constants.
+    Compiling, with which an import begins, finds each error of syntax, and the bytecode
+    shows every place that binds a name. A syntax tree would double the time: it is for
+    values that are no constants, or stand behind a jump.
     """
     with open(path, "rb", buffering=0) as file:
         source = file.read()
@@ -3288,26 +3278,25 @@ def _read_identifiers(path: str) -> dict[str, object]:
     _refuse_unseen(code)
     steps, args = code.co_code[::2], code.co_code[1::2]
     wanted = {i: name for i, name in enumerate(code.co_names) if name in _IDENTIFIERS}
-    spots = [
-        n for n, i in enumerate(args) if i in wanted and dis.opname[steps[n]] in _BINDS
-    ]
-    bound = sorted(wanted[args[n]] for n in spots)
+    places = [at for at, i in enumerate(args) if i in wanted]
+    places = [at for at in places if dis.opname[steps[at]] in _BINDS]
+    bound = sorted(wanted[args[at]] for at in places)
     found: dict[str, object] = {}
 
-    if not code.co_exceptiontable and _CROOKED.isdisjoint(steps[: spots[-1]]):
-        for n in spots:
-            if dis.opname[steps[n - 1]] == "LOAD_CONST":
-                found[wanted[args[n]]] = code.co_consts[args[n - 1]]
+    if not code.co_exceptiontable and _CROOKED.isdisjoint(steps[: places[-1]]):
+        for at in places:
+            if dis.opname[steps[at - 1]] == "LOAD_CONST":
+                found[wanted[args[at]]] = code.co_consts[args[at - 1]]
 
     if sorted(found) != bound:
-        for node in ast.parse(source, path).body:
-            match node:
-                case ast.Assign([ast.Name(name)], value) | ast.AnnAssign(
-                    ast.Name(name), value=ast.expr() as value
-                ) if name in bound:
-                    found[name] = ast.literal_eval(value)
-                case _:
-                    pass
+        for node in ast.parse(source).body:
+            if isinstance(node, (ast.Assign, ast.AnnAssign)) and node.value:
+                target = (
+                    node.targets[0] if isinstance(node, ast.Assign) else node.target
+                )
+
+                if isinstance(target, ast.Name) and target.id in bound:
+                    found[target.id] = ast.literal_eval(node.value)
 
     if sorted(found) != bound:
         raise ValueError(path)
@@ -3316,27 +3305,27 @@ def _read_identifiers(path: str) -> dict[str, object]:
 
 
 def _refuse_unseen(code: types.CodeType) -> None:
-    """Refuse code that may bind an identifier where its own bytecode does not show it."""
-    scopes = [code]
+    """Refuse code that may bind an identifier where the bytecode does not show it."""
+    scopes, unseen = [code], _UNSEEN
 
     for scope in scopes:  # grows on the way
         scopes += [each for each in scope.co_consts if isinstance(each, types.CodeType)]
-        unseen = _UNSEEN if scope is code else _UNSEEN | _IDENTIFIERS
 
-        # The last two: 'from x import *', and an instruction's eight bits for a name.
-        if (
-            unseen & {*scope.co_names}
-            or ("*",) in code.co_consts
-            or len(code.co_names) > 256
-        ):
-            raise ValueError(code.co_filename)
+        # 'from x import *', and an instruction that has no room for a name's number.
+        if ("*",) in scope.co_consts or len(code.co_names) > 256:
+            raise ValueError(code)
+
+        if not unseen.isdisjoint(scope.co_names):
+            raise ValueError(scope)
+
+        unseen = _UNSEEN | _IDENTIFIERS
 
 
 def _as_names(value: object) -> tuple[str, ...]:
     """Read none, one or several names, in the ways that Alembic takes them."""
     names = () if value is None else (value,) if isinstance(value, str) else value
 
-    if not isinstance(names, (tuple, list)) or {type(each) for each in names} - {str}:
+    if not isinstance(names, (tuple, list)) or {*map(type, names)} - {str}:
         raise TypeError(value)
 
     return tuple(t.cast("cabc.Sequence[str]", names))
@@ -3345,68 +3334,103 @@ def _as_names(value: object) -> tuple[str, ...]:
 def _signature(
     locations: cabc.Iterable[str], recursive: bool
 ) -> tuple[tuple[str, str, int, int], ...]:
-    """Describe the version locations' files, such that any change of them shows."""
+    """Describe the version locations' files, so that each change of them shows.
+
+    Without the caches, which loading the files writes.
+    """
     found: list[tuple[str, str, int, int]] = []
-    folders = list(locations)
 
-    for folder in folders:  # grows on the way
-        entries: list[os.DirEntry[str]] = []
+    for location in locations:
+        for folder, folders, files in os.walk(location):
+            folders[:] = {*folders} - {"__pycache__"} if recursive else ()
 
-        try:
-            entries += os.scandir(folder)
-            stems = {entry.name.split(".")[0] for entry in entries}
-            caches = os.scandir(os.path.join(folder, "__pycache__"))
-            entries += [each for each in caches if each.name.split(".")[0] not in stems]
-        except OSError:
-            pass
-
-        for entry in entries:
-            if entry.is_dir(follow_symlinks=False):
-                if recursive and entry.name != "__pycache__":
-                    folders.append(entry.path)
-            elif entry.name.endswith((".py", ".pyc", ".pyo")) or entry.is_symlink():
-                try:
-                    status = entry.stat()
-                except OSError:  # gone, or a link to nowhere
-                    continue
-
-                place = os.path.dirname(entry.path)
-                found.append((place, entry.name, status.st_mtime_ns, status.st_size))
+            for name in files:
+                if name.endswith((".py", ".pyc", ".pyo")):
+                    with contextlib.suppress(OSError):  # gone, or a link to nowhere
+                        info = os.stat(os.path.join(folder, name))
+                        found.append((folder, name, info.st_mtime_ns, info.st_size))
 
     return tuple(sorted(found))
 
 
 # -- Commands --------------------------------------------------------------------------
-# Each parses, calls one method, prints: data to stdout, the rest to stderr. What a command
-# needs hangs on it and not on the group, so that one can be mounted elsewhere alone.
+# Each parses, calls one method, prints: data to stdout, the rest to stderr. What a
+# command needs hangs on it, not on the group, so that one can be mounted elsewhere.
+
+#: By parameter name: how it is written, what its value is ("*": repeatable), help.
+_OPTIONS: t.Final = {
+    "message": ("-m/--message", "TEXT", "What the revision does."),
+    "empty": ("--empty", "", "Do not compare models and databases."),
+    "branch": ("-b/--branch", "BRANCH", "Branch to go on with, or to start."),
+    "parent": ("-p/--parent/--head", "REVISION*", "Revision to go on from."),
+    "splice": ("--splice", "", "Allow a parent that is not a head."),
+    "depend": ("-d/--depend/--depends-on", "REVISION*", "Revision that it needs."),
+    "label": ("-l/--label/--branch-label", "LABEL*", "Name for a branch from here on."),
+    "path": ("--path/--version-path", "FOLDER", "Version location for the file."),
+    "rev_id": ("--rev-id", "ID", "Id of the revision, in place of a new one."),
+    "sql": ("--sql", "", "Print the SQL script in place of running it."),
+    "plan": ("--plan", "", "Show what would run, and what that drops."),
+    "purge": ("--purge", "", "Forget what the version table says, unread."),
+    "tag": ("--tag", "TEXT", "Tag for revisions that read it."),
+    "x": ("-x/--x-arg", "KEY=VALUE*", "Argument for revisions that read it."),
+    "json": ("--json", "", "Print JSON for programs."),
+    "check_heads": ("-c/--check-heads", "", "Exit with 1 if an upgrade is pending."),
+    "resolve_dependencies": ("--resolve-dependencies", "", "Leave out what is needed."),
+    "start": ("--start", "REVISION", "Oldest revision to show."),
+    "end": ("--end", "REVISION", "Newest revision to show."),
+    "rev_range": ("-r/--rev-range", "A:B", "Short for both."),
+    "indicate_current": ("-i/--indicate-current", "", "Fail if none can be marked."),
+    "database": ("-n/--database", "NAME*", "Only this database."),
+    "quiet": ("-q/--quiet", "", "Show no progress."),
+    "verbose": ("-v/--verbose", "", "Show more, and the traceback of an error."),
+}
+_DEFAULTS: t.Final[dict[str, t.Any]] = {"branch": "default", "parent": ("head",)}
 
 
-def _with_prefix(
-    info_name: str | None,
-    args: list[str],
-    parent: click.Context | None = None,
-    **extra: t.Any,
-) -> dict[str, t.Any]:
-    """Let options come from ``FLASK_…`` in a test runner too, as in a ``flask`` process."""
-    if parent is None or parent.auto_envvar_prefix is None:
-        above = parent.command_path.split()[1:] if parent else []
-        names = ("FLASK", *above, info_name or "db")
-        extra.setdefault("auto_envvar_prefix", "_".join(names))
+class _Command(click.Command):
+    """Makes one line of an error of the user's making, wherever it is mounted."""
 
-    return {"info_name": info_name, "args": args, "parent": parent, **extra}
+    def __init__(self, *args: t.Any, **kwargs: t.Any) -> None:
+        super().__init__(*args, **kwargs)
+
+        if self.callback is not None:
+            self.callback = _reported(self.callback)
+
+    def make_context(self, *args: t.Any, **extra: t.Any) -> click.Context:
+        return super().make_context(*args, **_with_prefix(args[0], extra))
 
 
-def _reported(
-    callback: cabc.Callable[..., t.Any], *, takes_verbose: bool
-) -> cabc.Callable[..., t.Any]:
+class _Group(AppGroup):
+    """Lists commands in the order they were added, aliases beside their command."""
+
+    command_class = _Command
+
+    def make_context(self, *args: t.Any, **extra: t.Any) -> click.Context:
+        return super().make_context(*args, **_with_prefix(args[0], extra))
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+    def format_commands(self, ctx: click.Context, formatter: t.Any) -> None:
+        names: dict[click.Command, str] = {}
+
+        for name, each in self.commands.items():
+            if not each.hidden:
+                names[each] = f"{names[each]} ({name})" if each in names else name
+
+        limit = max(formatter.width - 6 - max(map(len, names.values())), 20)
+
+        with formatter.section("Commands"):
+            formatter.write_dl(
+                [(name, each.get_short_help_str(limit)) for each, name in names.items()]
+            )
+
+
+def _reported(callback: cabc.Callable[..., t.Any]) -> cabc.Callable[..., t.Any]:
     """Make one line of an error of the user's making; show log lines meanwhile."""
 
     @functools.wraps(callback)
     def wrapper(*args: t.Any, **kwargs: t.Any) -> t.Any:
-        verbose = (
-            kwargs.get("verbose") if takes_verbose else kwargs.pop("verbose", False)
-        )
-
         try:
             with _logging(logging.WARNING if kwargs.get("quiet") else logging.INFO):
                 return callback(*args, **kwargs)
@@ -3414,7 +3438,7 @@ def _reported(
             if not _is_user_error(error):
                 raise
 
-            if verbose or get_debug_flag():
+            if kwargs.get("verbose") or get_debug_flag():
                 from traceback import format_exception
 
                 click.echo("".join(format_exception(error)), err=True, nl=False)
@@ -3424,75 +3448,76 @@ def _reported(
     return wrapper
 
 
-class _Command(click.Command):
-    """A command whose errors of the user's making are one line, wherever it is mounted."""
+def _with_prefix(name: str | None, extra: dict[str, t.Any]) -> dict[str, t.Any]:
+    """Let options come from ``FLASK_…`` in a test runner as in a ``flask`` process."""
+    parent: click.Context | None = extra.get("parent")
 
-    def __init__(self, *args: t.Any, **kwargs: t.Any) -> None:
-        super().__init__(*args, **kwargs)
-        own = any("-v" in param.opts for param in self.params)
+    if parent is None or parent.auto_envvar_prefix is None:
+        above = parent.command_path.split()[1:] if parent else []
+        names = ("FLASK", *above, name or "db")
+        extra.setdefault("auto_envvar_prefix", "_".join(names))
 
-        if self.callback is not None:
-            self.callback = _reported(self.callback, takes_verbose=own)
-
-        if not own:
-            self.params.append(_verbose("Show the traceback of an error."))
-
-    def make_context(self, *args: t.Any, **kwargs: t.Any) -> click.Context:
-        return super().make_context(**_with_prefix(*args, **kwargs))
+    return extra
 
 
-class _Group(AppGroup):
-    """Lists commands in the order in which they were added, aliases beside their command."""
-
-    command_class = _Command
-
-    def make_context(self, *args: t.Any, **kwargs: t.Any) -> click.Context:
-        return super().make_context(**_with_prefix(*args, **kwargs))
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(self.commands)
-
-    def format_commands(
-        self, ctx: click.Context, formatter: click.HelpFormatter
-    ) -> None:
-        names: dict[click.Command, str] = {}
-
-        for name, command in self.commands.items():
-            first = names.get(command)
-            names[command] = f"{first} ({name})" if first else name
-
-        limit = max(formatter.width - 6 - max(map(len, names.values())), 20)
-
-        with formatter.section("Commands"):
-            formatter.write_dl(
-                [(name, c.get_short_help_str(limit)) for c, name in names.items()]
-            )
+#: The commands, for applications that mount them under a group of their own.
+cli: t.Final = _Group(
+    "db",
+    help="Perform database migrations.",
+    epilog='\b\nExample:\n  flask db revision "add users"\n  flask db upgrade',
+)
 
 
-def _flag(*names: str, text: str) -> click.Option:
-    return click.Option(names, is_flag=True, help=text)
+def _command(
+    name: str, options: str = "", **arguments: str
+) -> cabc.Callable[[cabc.Callable[..., None]], click.Command]:
+    """Add a command with what _OPTIONS says, and arguments with their defaults."""
+    params = [
+        *(_argument(*item) for item in arguments.items()),
+        *(_option(option) for option in f"{options} verbose".split()),
+    ]
+    # A target may be "-2".
+    settings = {"ignore_unknown_options": "target" in arguments}
+    return cli.command(name, params=params, context_settings=settings)
 
 
-def _verbose(text: str = "Show all about each revision.") -> click.Option:
-    return _flag("-v", "--verbose", text=text)
+def _option(name: str) -> click.Option:
+    names, metavar, text = _OPTIONS[name]
+    many = metavar.endswith("*")
+    return click.Option(
+        [*names.split("/"), name],
+        is_flag=not metavar,
+        multiple=many,
+        metavar=metavar.rstrip("*") or None,
+        default=_DEFAULTS.get(name, None if metavar else False),
+        help=f"{text} Can be repeated." if many else text,
+        shell_complete=_complete,
+    )
 
 
-def _option(*names: str, metavar: str, text: str, **more: t.Any) -> click.Option:
-    text += " Can be repeated." if more.get("multiple") else ""
-    more["shell_complete"] = _complete
-    return click.Option(names, metavar=metavar, help=text, **more)
+def _argument(name: str, default: str) -> click.Argument:
+    many = name.endswith("s")
+    return click.Argument(
+        [name],
+        nargs=-1 if many else 1,
+        default=(default,) if many else default,
+        metavar=f"[{'MESSAGE' if name == 'text' else name.upper()}]" + "..." * many,
+        callback=_check_target if name == "target" else None,
+        shell_complete=_complete,
+    )
 
 
-def _argument(name: str, default: t.Any, **more: t.Any) -> click.Argument:
-    more["metavar"] = f"[{name.upper()}]" + ("..." if "nargs" in more else "")
-    more["shell_complete"] = _complete
-    return click.Argument([name], default=default, **more)
+def _check_target(ctx: click.Context, param: click.Parameter, value: str) -> str:
+    if value.startswith("-") and not value[1:].isdecimal():
+        raise click.NoSuchOption(value, ctx=ctx)
+
+    return value
 
 
 def _complete(
     ctx: click.Context, param: click.Parameter, incomplete: str
-) -> list[CompletionItem]:
-    """Complete names of databases, branches and revisions; with nothing if it cannot."""
+) -> list[t.Any]:
+    """Complete names of databases, branches, revisions; with nothing if it cannot."""
     import warnings
 
     try:
@@ -3503,23 +3528,19 @@ def _complete(
                 app = ctx.ensure_object(ScriptInfo).load_app()
                 stack.enter_context(app.app_context())
 
-            names = _names_for(_alembic(), str(param.metavar))
-            return [
-                CompletionItem(name, help=text)
-                for name, text in names.items()
-                if name.startswith(incomplete)
-            ]
+            names = _completions(_alembic(), str(param.metavar))
+            found = [name for name in names if name.startswith(incomplete)]
+            return [CompletionItem(name, help=names[name]) for name in found]
     except (Exception, SystemExit):
         # What is wrong must not be told in the middle of a line that is being typed.
         return []
 
 
-def _names_for(alembic: Alembic, metavar: str) -> dict[str, str | None]:
-    """What may stand for a metavar, with explanations."""
+def _completions(alembic: Alembic, metavar: str) -> dict[str, str | None]:
     if metavar == "NAME":
         return dict.fromkeys(alembic.databases)
 
-    if not any(word in metavar for word in ("BRANCH", "REVISION", "TARGET")):
+    if metavar.strip("[].").rstrip("S") not in ("BRANCH", "REVISION", "TARGET"):
         return {}
 
     scripts = alembic.log()
@@ -3532,106 +3553,20 @@ def _names_for(alembic: Alembic, metavar: str) -> dict[str, str | None]:
     return {script.revision: script.doc for script in scripts} | dict.fromkeys(symbols)
 
 
-def _check_target(ctx: click.Context, param: click.Parameter, value: str) -> str:
-    """Refuse what was let through as a target because it might have been ``-2``."""
-    if value.startswith("-") and not value[1:].isdecimal():
-        raise click.NoSuchOption(value, ctx=ctx)
-
-    return value
+@_command("mkdir")
+def _mkdir_command(**_: t.Any) -> None:
+    """Make the migrations folder and its template."""
+    _alembic().mkdir()
 
 
-_database: t.Final = _option(
-    "-n", "--database", metavar="NAME", multiple=True, text="Only this database."
-)
-_sql: t.Final = _flag("--sql", text="Print the SQL script in place of running it.")
-_message: t.Final = _option("-m", "--message", metavar="TEXT", text="What it does.")
-_label: t.Final = _option(
-    *("-l", "--label", "--branch-label", "label"),
-    metavar="LABEL",
-    multiple=True,
-    text="Name for the branch that starts here.",
-)
-_rev_id: t.Final = _option(
-    "--rev-id", metavar="ID", text="Its id, in place of a new one."
-)
-_splice: t.Final = _flag("--splice", text="Allow a parent that is not a head.")
-_x: t.Final = _option(
-    *("-x", "--x-arg", "x"),
-    metavar="KEY=VALUE",
-    multiple=True,
-    text="For revisions that read it.",
-)
-_to_run: t.Final = [
-    _sql,
-    _option("--tag", metavar="TEXT", text="For revisions that read it."),
-    _x,
-    _database,
-]
-_to_migrate: t.Final = [
-    _flag("--plan", text="Show what would run and what it drops. Nothing is changed."),
-    _flag("-q", "--quiet", text="Show no progress."),
-    *_to_run,
-]
-
-#: The commands, for applications that mount them under a group of their own.
-cli: t.Final = _Group(
-    "db",
-    help="Perform database migrations.",
-    epilog='\b\nExample:\n  flask db revision "add users"\n  flask db upgrade',
-)
-
-
-@cli.command("mkdir")
-def _mkdir_command() -> None:
-    """Make the migrations folder."""
-    alembic = _alembic()
-    alembic.mkdir()
-    click.echo(alembic.script_directory.dir)
-
-
-@cli.command(
+@_command(
     "revision",
-    params=[
-        click.Argument(["text"], metavar="[MESSAGE]", default=""),
-        _message,
-        _flag("--empty", text="Do not compare models and databases."),
-        _option(
-            *("-b", "--branch"),
-            metavar="BRANCH",
-            default="default",
-            text="Branch to go on with, or to start.",
-        ),
-        _option(
-            *("-p", "--parent", "--head", "parent"),
-            metavar="REVISION",
-            multiple=True,
-            default=("head",),
-            text="Revision to go on from.",
-        ),
-        _splice,
-        _option(
-            *("-d", "--depend", "--depends-on", "depend"),
-            metavar="REVISION",
-            multiple=True,
-            text="Revision of another branch that must run before.",
-        ),
-        _label,
-        click.Option(
-            ["--path", "--version-path", "path"],
-            type=click.Path(file_okay=False),
-            metavar="FOLDER",
-            help="Folder for the file.",
-        ),
-        _rev_id,
-        _x,
-        _database,
-    ],
+    "message empty branch parent splice depend label path rev_id x database",
+    text="",
 )
 def _revision_command(text: str, message: str | None, **options: t.Any) -> None:
     """Write a revision file from what changed in the models."""
-    source = click.get_current_context().get_parameter_source("message")
-
-    if text and message and source is ParameterSource.COMMANDLINE:
+    if text and message:
         raise click.UsageError("Give the message either as MESSAGE or with '-m'.")
 
     made = _alembic().revision(text or message or "", **_given(options))
@@ -3641,72 +3576,48 @@ def _revision_command(text: str, message: str | None, **options: t.Any) -> None:
         click.echo("No changes detected.", err=True)
 
 
-@cli.command(
-    "merge",
-    params=[
-        _argument("revisions", ("heads",), nargs=-1),
-        *(_message, _label, _rev_id, _splice),
-    ],
-)
+@_command("merge", "message label rev_id splice", revisions="heads")
 def _merge_command(**options: t.Any) -> None:
     """Write a revision file that joins several heads."""
     click.echo(_alembic().merge(**_given(options)).path)
 
 
-@cli.command(
-    "upgrade",
-    params=[_argument("target", "heads", callback=_check_target), *_to_migrate],
-)
+@_command("upgrade", "sql plan quiet tag x database", target="heads")
 def _upgrade_command(target: str, **options: t.Any) -> None:
     """Run the revisions that lead up to TARGET."""
     _migrate("upgrade", target, **options)
 
 
-@cli.command(
-    "downgrade",
-    params=[_argument("target", "-1", callback=_check_target), *_to_migrate],
-    context_settings={"ignore_unknown_options": True},
-)
+@_command("downgrade", "sql plan quiet tag x database", target="-1")
 def _downgrade_command(target: str, **options: t.Any) -> None:
-    """Undo the revisions down to TARGET; a number counts them."""
+    """Undo the last revision, or all down to TARGET."""
     if options["sql"] and not all(target.partition(":")):
         raise click.UsageError("'--sql' needs START:TARGET here, as 'current:-1'.")
 
     _migrate("downgrade", target, **options)
 
 
-@cli.command(
-    "stamp",
-    params=[
-        _argument("targets", ("heads",), nargs=-1),
-        _flag("--purge", text="Forget what the version table says, unread."),
-        *_to_run,
-    ],
-)
+@_command("stamp", "purge sql tag x database", targets="heads")
 def _stamp_command(
     targets: tuple[str, ...], purge: bool, sql: bool, **options: t.Any
 ) -> None:
     """Write TARGETS into the version table, and run nothing."""
-    ranges = [_split_range(target, sql=sql) for target in targets]
-    wanted = [target for _, target in ranges]
+    starts, wanted = zip(*(_split_range(each, sql) for each in targets), strict=True)
 
     if sql and purge:
         raise click.UsageError("Give either '--sql' or '--purge'.")
 
     if sql:
-        start = next(filter(None, (start for start, _ in ranges)), "base")
+        start = next(filter(None, starts), "base")
         _echo_scripts(_alembic().stamp_sql(wanted, start, **_given(options)))
     else:
-        made = _alembic().stamp(wanted, purge=purge, **_given(options))
-        _echo(_format(script) for script in made)
+        _echo_revisions(_alembic().stamp(wanted, purge=purge, **_given(options)))
 
 
-@cli.command(
-    "status", params=[_flag("--json", text="Print JSON for programs."), _database]
-)
-def _status_command(json: bool, database: tuple[str, ...]) -> None:
-    """Show where each database stands, and what an upgrade would run."""
-    status = _alembic().status(database or None)
+@_command("status", "json database")
+def _status_command(json: bool, **options: t.Any) -> None:
+    """Show where each database stands, and what is pending."""
+    status = _alembic().status(**_given(options))
 
     if json:
         from json import dumps
@@ -3717,16 +3628,9 @@ def _status_command(json: bool, database: tuple[str, ...]) -> None:
         _echo(line for item in status.items() for line in _status_lines(*item))
 
 
-@cli.command(
-    "current",
-    params=[
-        _flag("-c", "--check-heads", text="Exit with 1 if an upgrade is pending."),
-        _verbose(),
-        _database,
-    ],
-)
+@_command("current", "check_heads database")
 def _current_command(
-    check_heads: bool, verbose: bool, database: tuple[str, ...]
+    check_heads: bool, database: tuple[str, ...], verbose: bool
 ) -> None:
     """Show the revisions that each database is at."""
     alembic = _alembic()
@@ -3734,51 +3638,42 @@ def _current_command(
 
     for name, scripts in found.items():
         _echo([f"Database: {name}"] if len(found) > 1 else [])
-        _echo(_format(script, verbose=verbose) for script in scripts)
+        _echo_revisions(scripts, verbose)
 
     if check_heads and alembic.needs_upgrade(database or None):
         raise click.ClickException("Not at the head revisions: run 'flask db upgrade'.")
 
 
-@cli.command("check", params=[_database])
-def _check_command(database: tuple[str, ...]) -> None:
-    """Exit with 1 if models and databases differ, or a branch has several heads."""
+@_command("check", "database")
+def _check_command(database: tuple[str, ...], **_: t.Any) -> None:
+    """Exit with 1 if the models and the databases differ."""
     alembic = _alembic()
-    names = database or alembic.databases
-    found = {name: _differences(alembic.compare_metadata(name)) for name in names}
-    found = {name: texts for name, texts in found.items() if texts}
-    diverged = alembic.diverged()
+    lines: list[str] = []
 
-    for name, texts in found.items():
-        _echo([f"Models and database '{name}' differ:", *(f"  {x}" for x in texts)])
+    for name in database or alembic.databases:
+        if texts := _differences(alembic.compare_metadata(name)):
+            lines += [f"Models and database '{name}' differ:"]
+            lines += [f"  {text}" for text in texts]
 
-    for branch, heads in diverged.items():
-        click.echo(f"Branch '{branch}' has {len(heads)} heads:")
-        _echo(f"  {_format(script)}" for script in heads)
-        click.echo(
-            f"To merge them: flask db merge {' '.join(s.revision for s in heads)}"
-        )
+    for branch, heads in alembic.diverged().items():
+        ids = " ".join(script.revision for script in heads)
+        lines += [f"Branch '{branch}' has {len(heads)} heads:"]
+        lines += [f"  {_format(script)}" for script in heads]
+        lines += [f"To merge them: flask db merge {ids}"]
 
-    if found or diverged:
+    _echo(lines or ["No changes detected."])
+
+    if lines:
         click.get_current_context().exit(1)
 
-    click.echo("No changes detected.")
 
-
-@cli.command(
-    "heads",
-    params=[
-        _flag("--resolve-dependencies", text="Leave out what another branch needs."),
-        _verbose(),
-    ],
-)
+@_command("heads", "resolve_dependencies")
 def _heads_command(resolve_dependencies: bool, verbose: bool) -> None:
     """Show the revisions that no other follows."""
-    scripts = _alembic().heads(resolve_dependencies)
-    _echo(_format(script, verbose=verbose) for script in scripts)
+    _echo_revisions(_alembic().heads(resolve_dependencies), verbose)
 
 
-@cli.command("branches", params=[_verbose()])
+@_command("branches")
 def _branches_command(verbose: bool) -> None:
     """Show the revisions that more than one other follows."""
     alembic = _alembic()
@@ -3789,69 +3684,50 @@ def _branches_command(verbose: bool) -> None:
         _echo(f"    -> {_format(child)}" for child in children)
 
 
-@cli.command(
-    "log",
-    params=[
-        _option("--start", metavar="REVISION", text="Oldest revision to show."),
-        _option("--end", metavar="REVISION", text="Newest revision to show."),
-        click.Option(["-r", "--rev-range"], metavar="A:B", help="Short for both."),
-        _flag(
-            "-i", "--indicate-current", text="Fail if no database tells the current."
-        ),
-        _verbose(),
-        _database,
-    ],
-)
+@_command("log", "start end rev_range indicate_current database")
 def _log_command(
-    start: str | None,
-    end: str | None,
     rev_range: str | None,
     indicate_current: bool,
-    verbose: bool,
     database: tuple[str, ...],
+    verbose: bool,
+    **options: t.Any,
 ) -> None:
     """Show the history, newest first."""
     if rev_range is not None:
-        if start or end or rev_range.count(":") != 1:
+        if _given(options) or rev_range.count(":") != 1:
             raise click.UsageError("'-r' takes A:B, in place of '--start' and '--end'.")
 
         start, _, end = rev_range.partition(":")
+        options = {"start": start or None, "end": end or None}
 
-    marks = _current_marks(database, needed=indicate_current)
-    scripts = _alembic().log(start or "base", end or "heads")
-    _echo(
-        _format(script, marks.get(script.revision), verbose=verbose)
-        for script in scripts
-    )
+    marks = _marked(database, needed=indicate_current)
+    _echo_revisions(_alembic().log(**_given(options)), verbose, marks)
 
 
-@cli.command("show", params=[_argument("revisions", ("head",), nargs=-1), _database])
-def _show_command(revisions: tuple[str, ...], database: tuple[str, ...]) -> None:
+@_command("show", "database", revisions="head")
+def _show_command(
+    revisions: tuple[str, ...], database: tuple[str, ...], **_: t.Any
+) -> None:
     """Show all about revisions; 'current' is one."""
-    marks = _current_marks(database)
-
-    for name in revisions:
-        scripts = _resolve(name, database)
-        _echo(
-            _format(script, marks.get(script.revision), verbose=True)
-            for script in scripts
-        )
+    marks = _marked(database)
+    scripts = [script for name in revisions for script in _resolve(name, database)]
+    _echo_revisions(scripts, True, marks)
 
 
-@cli.command("edit", params=[_argument("revision", "head")])
-def _edit_command(revision: str) -> None:
+@_command("edit", revision="head")
+def _edit_command(revision: str, **_: t.Any) -> None:
     """Open the file of a revision in the editor."""
     for script in _resolve(revision):
         click.edit(filename=script.path)
 
 
-@cli.command("ensure-version", params=[_sql, _database])
-def _ensure_version_command(sql: bool, database: tuple[str, ...]) -> None:
+@_command("ensure-version", "sql database")
+def _ensure_version_command(sql: bool, **options: t.Any) -> None:
     """Make the version table where it is missing."""
     if sql:
-        _echo_scripts(_alembic().ensure_version_sql(database=database or None))
+        _echo_scripts(_alembic().ensure_version_sql(**_given(options)))
     else:
-        _alembic().ensure_version(database or None)
+        _alembic().ensure_version(**_given(options))
 
 
 for _alias, _name in (("init", "mkdir"), ("migrate", "revision"), ("history", "log")):
@@ -3861,21 +3737,20 @@ for _alias, _name in (("init", "mkdir"), ("migrate", "revision"), ("history", "l
 def _alembic() -> Alembic:
     """The extension of the current application."""
     if "alembic" not in current_app.extensions:
-        raise click.ClickException("The application has no 'Alembic(app)'.")
+        raise click.ClickException(
+            "The application has no migrations: call 'Alembic(app)' or 'init_app(app)'."
+        )
 
     return t.cast("Alembic", current_app.extensions["alembic"])
 
 
 def _given(options: dict[str, t.Any]) -> dict[str, t.Any]:
-    """Options as the methods take them: nothing for what was not given."""
-    return {
-        name: list(value) if isinstance(value, tuple) else value
-        for name, value in options.items()
-        if value not in ((), None)
-    }
+    """Options as the methods take them: without those that were not given."""
+    names = [name for name in options if options[name] not in ((), None)]
+    return {name: options[name] for name in names if name != "verbose"}
 
 
-def _split_range(target: str, *, sql: bool) -> tuple[str, str]:
+def _split_range(target: str, sql: bool) -> tuple[str, str]:
     """Take ``[START:]TARGET`` apart."""
     start, colon, end = target.rpartition(":")
 
@@ -3890,28 +3765,25 @@ def _migrate(
 ) -> None:
     """Upgrade or downgrade, or tell what that would do."""
     alembic: t.Any = _alembic()
-    start, target = _split_range(target, sql=sql)
+    start, target = _split_range(target, sql)
     options = _given(options)
 
     if sql and plan:
         raise click.UsageError("Give either '--sql' or '--plan'.")
 
     if sql:
-        _echo_scripts(
-            getattr(alembic, f"{verb}_sql")(target, start or "base", **options)
-        )
+        scripts = getattr(alembic, f"{verb}_sql")(target, start or "base", **options)
+        _echo_scripts(scripts)
     elif plan:
         steps = getattr(alembic, f"{verb}_plan")(target, **options)
         _echo(line for item in steps.items() for line in _plan_lines(verb, *item))
-    elif quiet:
-        getattr(alembic, verb)(target, **options)
     else:
-        with _shown_progress(f"{verb}d", named=len(alembic.databases) > 1):
+        with _shown_progress(verb, quiet, len(alembic.databases) > 1):
             getattr(alembic, verb)(target, **options)
 
 
 def _resolve(name: str, database: tuple[str, ...] = ()) -> tuple[Script, ...]:
-    """The revisions that a name stands for; ``current`` is what the databases are at."""
+    """The revisions that a name stands for; ``current`` asks the databases."""
     alembic = _alembic()
 
     if name == "current":
@@ -3920,48 +3792,49 @@ def _resolve(name: str, database: tuple[str, ...] = ()) -> tuple[Script, ...]:
     return tuple(alembic.script_directory.get_revisions(name))
 
 
-def _current_marks(
-    database: tuple[str, ...], *, needed: bool = False
-) -> dict[str, str]:
-    """How to mark current revisions; nothing if there is no database, unless needed."""
+def _marked(database: tuple[str, ...], needed: bool = False) -> set[str]:
+    """Ids to mark as current; none without a database, unless needed."""
     try:
         status = _alembic().status(database or None)
     except Exception as error:
         if needed or not _is_user_error(error):
             raise
 
-        return {}
+        return set()
 
-    names: dict[str, list[str]] = {}
-
-    for name, state in status.items():
-        for script in state.current:
-            names.setdefault(script.revision, []).append(name)
-
-    return {
-        revision: f" (current{': ' + ', '.join(x) if len(x) < len(status) else ''})"
-        for revision, x in names.items()
-    }
+    return {script.revision for each in status.values() for script in each.current}
 
 
 def _summary(script: Script) -> str:
-    return " ".join((script.doc or "").split())
+    """The message in one line; without one, Alembic takes what follows for it."""
+    text = " ".join((script.doc or "").split())
+    return "" if text.startswith("Revision ID: ") else text
 
 
-def _format(script: Script, mark: str | None = None, *, verbose: bool = False) -> str:
-    """A revision as Alembic shows it; its own mark is state that threads would share."""
+def _format(script: Script, verbose: bool = False, mark: str = "") -> str:
+    """A revision as Alembic shows it, whose own mark is state that threads share."""
     if verbose:
         first, _, rest = script.log_entry.partition("\n")
-        text = f"{first}{mark or ''}\n{rest}"
+        text = f"{first}{mark}\n{rest}"
     else:
         text = script.cmd_format(False, include_branches=True, include_parents=True)
-        text = f"{text}{mark or ''}, {_summary(script)}"
+        text = f"{text}{mark}, {_summary(script)}".removesuffix(", ")
 
     for names in (script.branch_labels, script.nextrev):
-        # They are sets: the same history would look different each time.
+        # Sets: the same history would look different each time.
         text = text.replace(", ".join(names), ", ".join(sorted(names)), 1)
 
     return text
+
+
+def _echo_revisions(
+    scripts: cabc.Iterable[Script],
+    verbose: bool = False,
+    marked: cabc.Container[str] = (),
+) -> None:
+    for script in scripts:
+        mark = " (current)" if script.revision in marked else ""
+        click.echo(_format(script, verbose, mark))
 
 
 def _width(text: str) -> int:
@@ -3983,7 +3856,7 @@ def _style(text: str, **style: t.Any) -> str:
     return text if os.environ.get("NO_COLOR") else click.style(text, **style)
 
 
-def _count(number: int, noun: str) -> str:
+def _count(number: int, noun: str = "revision") -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
@@ -3994,13 +3867,12 @@ def _echo(lines: cabc.Iterable[str]) -> None:
 
 def _echo_scripts(scripts: dict[str, str]) -> None:
     for name, script in scripts.items():
-        _echo([f"-- Database: {name}\n"] if len(scripts) > 1 else [])
-        click.echo(script.rstrip())
-        _echo([""] if len(scripts) > 1 else [])
+        header = f"-- Database: {name}\n\n" if len(scripts) > 1 else ""
+        click.echo(f"{header}{script.rstrip()}{header and chr(10)}")
 
 
 def _plan_lines(verb: str, name: str, steps: list[PlannedStep]) -> cabc.Iterator[str]:
-    yield f"{name}: {_count(len(steps), 'revision') if steps else 'nothing'} to {verb}"
+    yield f"{name}: {_count(len(steps)) if steps else 'nothing'} to {verb}"
     rows = _table([(f"  {s.revision.revision}", _summary(s.revision)) for s in steps])
 
     for step, row in zip(steps, rows, strict=True):
@@ -4010,25 +3882,23 @@ def _plan_lines(verb: str, name: str, steps: list[PlannedStep]) -> cabc.Iterator
             yield _style(f"    ! drops {', '.join(step.drops)}", fg="red")
 
         if step.problem:
-            yield _style(
-                f"    ? cannot tell what it drops: {step.problem}", fg="yellow"
-            )
+            yield _style(f"    ? may drop anything: {step.problem}", fg="yellow")
 
 
 def _status_lines(name: str, state: DatabaseStatus) -> cabc.Iterator[str]:
     if state.unknown:
         words = _style(_count(len(state.unknown), "unknown id"), fg="red")
     elif state.pending:
-        words = _style(_count(len(state.pending), "revision") + " pending", fg="yellow")
+        words = _style(f"{_count(len(state.pending))} pending", fg="yellow")
     else:
         words = _style("up to date", fg="green")
 
     yield f"{name}: {words}"
     groups = {"current": state.current, "head": state.heads, "pending": state.pending}
     rows = [
-        (f"  {'' if i else kind:<7}  {script.revision}", _summary(script))
+        (f"  {kind:<7}  {script.revision}", _summary(script))
         for kind, scripts in groups.items()
-        for i, script in enumerate(scripts)
+        for script in scripts
     ]
     rows += [(f"  unknown  {revision}", "no file has it") for revision in state.unknown]
     yield from _table(rows)
@@ -4040,12 +3910,8 @@ def _status_data(state: DatabaseStatus) -> dict[str, t.Any]:
         "current": [script.revision for script in state.current],
         "heads": [script.revision for script in state.heads],
         "pending": [
-            {
-                "revision": script.revision,
-                "message": _summary(script),
-                "path": script.path,
-            }
-            for script in state.pending
+            {"revision": each.revision, "message": _summary(each), "path": each.path}
+            for each in state.pending
         ],
         "unknown": list(state.unknown),
     }
@@ -4055,15 +3921,14 @@ def _status_data(state: DatabaseStatus) -> dict[str, t.Any]:
 def _logging(level: int) -> cabc.Iterator[None]:
     """Show log lines, unless something does already; leave no trace."""
     loggers = [logging.getLogger("alembic"), _logger]
-
-    if any(logger.hasHandlers() for logger in loggers):
-        yield
-        return
-
     # Of Alembic's own, "Detected ..." is shown; "Running ..." is what progress tells.
     levelled = [logging.getLogger("alembic.autogenerate"), _logger]
     former = [logger.level for logger in levelled]
     handler = _StderrHandler()
+
+    if any(logger.hasHandlers() for logger in loggers):
+        yield
+        return
 
     for logger, chatty in zip(loggers, levelled, strict=True):
         logger.addHandler(handler)
@@ -4093,10 +3958,10 @@ class _StderrHandler(logging.Handler):
 
 
 @contextlib.contextmanager
-def _shown_progress(verb: str, *, named: bool) -> cabc.Iterator[None]:
+def _shown_progress(verb: str, quiet: bool, named: bool) -> cabc.Iterator[None]:
     """Show each revision as it runs, then how many ran in what time."""
     lines = _ProgressLines(named)
-    token = _progress.set(lines)
+    token = _progress.set(None if quiet else lines)
     began = time.perf_counter()
 
     try:
@@ -4105,9 +3970,10 @@ def _shown_progress(verb: str, *, named: bool) -> cabc.Iterator[None]:
         _progress.reset(token)
         lines.end_line(" failed")
 
-    seconds = time.perf_counter() - began
-    done = f"{_count(lines.done, 'revision')} {verb} in {seconds:.2f}s."
-    click.echo(done if lines.done else "Nothing to do.", err=True)
+    if not quiet:
+        seconds = time.perf_counter() - began
+        done = f"{_count(lines.done)} {verb}d in {seconds:.2f}s."
+        click.echo(done if lines.done else "Nothing to do.", err=True)
 
 
 class _ProgressLines:
@@ -4120,7 +3986,17 @@ class _ProgressLines:
 
     def __call__(self, step: _Progress) -> None:
         terminal = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
-        place, name, text = self._columns(step, terminal)
+        place = f"{step.number:>3}/{step.total}"
+        name = (f"{step.database}  " if self.named else "") + step.revision.revision
+        text = _summary(step.revision)
+
+        if terminal:
+            # A line that wraps could not be written over.
+            columns = os.get_terminal_size(sys.stderr.fileno()).columns or 80
+            room = columns - _width(f"{place}  {name}  ")
+
+            while text and _width(text) > room - len(" ... 999.99s "):
+                text = text[:-1]
 
         if step.seconds is None:
             self.end_line()
@@ -4129,30 +4005,14 @@ class _ProgressLines:
             return
 
         if terminal:
-            # The line is written again: something may have been printed beside it.
             place, name = _style(f"\r{place}", dim=True), _style(name, fg="cyan")
 
+        # Again on a terminal, where it gets colour, and where something came between.
         again = terminal or not self._open
         line = f"{place}  {name}  {text} ..." if again else ""
         click.echo(f"{line} {step.seconds:.2f}s", err=True)
         self._open = False
         self.done += 1
-
-    def _columns(self, step: _Progress, terminal: bool) -> tuple[str, str, str]:
-        place = f"{step.index:>3}/{step.total}"
-        name = (f"{step.database}  " if self.named else "") + step.revision.revision
-        text = _summary(step.revision)
-
-        if terminal:
-            # One that wraps could not be written over.
-            import shutil
-
-            room = shutil.get_terminal_size().columns - _width(place + name)
-
-            while text and _width(text) > room - len("     ... 999.99s"):
-                text = text[:-1]
-
-        return place, name, text
 
     def end_line(self, end: str = "") -> None:
         """End a line that waits for its time."""
