@@ -21,7 +21,10 @@ from __future__ import annotations
 import ast
 import collections.abc as cabc
 import contextlib
+import datetime
+import decimal
 import dis
+import fnmatch
 import functools
 import logging
 import os
@@ -31,6 +34,7 @@ import threading
 import time
 import types
 import typing as t
+import uuid
 import weakref
 from contextvars import ContextVar
 
@@ -63,6 +67,7 @@ __all__ = [
     "FlaskAlembicError",
     "MigrationLockTimeout",
     "PlannedStep",
+    "RunOptions",
     "cli",
 ]
 
@@ -79,6 +84,19 @@ StepFunction: t.TypeAlias = (
 RevisionTarget: t.TypeAlias = "str | int | Script | cabc.Sequence[str | Script]"
 DatabaseNames: t.TypeAlias = "str | cabc.Sequence[str] | None"
 XArguments: t.TypeAlias = "cabc.Mapping[str, t.Any] | cabc.Sequence[str] | str | None"
+
+
+class RunOptions(t.TypedDict, total=False):
+    """What the methods that migrate take beside their target."""
+
+    #: The databases to work on: a name or several; all when left out.
+    database: DatabaseNames
+    #: For ``context.get_tag_argument()`` in revisions.
+    tag: str | None
+    #: For ``context.get_x_argument()`` in revisions: a dict, or a list of ``KEY=VALUE``.
+    x: XArguments
+
+
 MetadataOption: t.TypeAlias = "sa.MetaData | cabc.Sequence[sa.MetaData]"
 EngineOption: t.TypeAlias = "sa.Engine | AsyncEngine"
 
@@ -513,19 +531,12 @@ class Alembic:
             return _generate(self, scope, script, arguments)[0]
 
     def upgrade(
-        self,
-        target: RevisionTarget = "heads",
-        *,
-        database: DatabaseNames = None,
-        tag: str | None = None,
-        x: XArguments = None,
+        self, target: RevisionTarget = "heads", **options: t.Unpack[RunOptions]
     ) -> list[Script]:
         """Run the revisions that lead up to ``target``. See :meth:`run_migrations`.
 
         :param target: Revision to reach; an int, or digits that are no id, counts steps.
-        :param database: Databases to migrate; all when left out.
-        :param tag: Value for ``context.get_tag_argument()``.
-        :param x: Arguments for ``context.get_x_argument()``.
+        :param options: See :class:`RunOptions`.
         :return: The revisions that ran, in order.
         :raises CommandError: If the target, or an id in a database, is unknown.
         :raises MigrationLockTimeout: If another process holds the lock for too long.
@@ -538,22 +549,15 @@ class Alembic:
             self.run_migrations(_Steps(self, "upgrade", target))
             return list(scope.ran.values())
 
-        return self._call(work, database, tag=tag, x=x)
+        return self._call(work, **options)
 
     def downgrade(
-        self,
-        target: RevisionTarget = -1,
-        *,
-        database: DatabaseNames = None,
-        tag: str | None = None,
-        x: XArguments = None,
+        self, target: RevisionTarget = -1, **options: t.Unpack[RunOptions]
     ) -> list[Script]:
         """Run the downgrades that lead down to ``target``. See :meth:`run_migrations`.
 
         :param target: Revision to go back to; an int, of either sign, counts steps down.
-        :param database: Databases to migrate; all when left out.
-        :param tag: Value for ``context.get_tag_argument()``.
-        :param x: Arguments for ``context.get_x_argument()``.
+        :param options: See :class:`RunOptions`.
         :return: The revisions that were taken back, in order.
         :raises CommandError: If the target, or an id in a database, is unknown.
         :raises MigrationLockTimeout: If another process holds the lock for too long.
@@ -563,24 +567,20 @@ class Alembic:
             self.run_migrations(_Steps(self, "downgrade", target))
             return list(scope.ran.values())
 
-        return self._call(work, database, tag=tag, x=x)
+        return self._call(work, **options)
 
     def stamp(
         self,
         target: RevisionTarget = "heads",
         *,
         purge: bool = False,
-        database: DatabaseNames = None,
-        tag: str | None = None,
-        x: XArguments = None,
+        **options: t.Unpack[RunOptions],
     ) -> tuple[Script, ...]:
         """Write ``target`` into the version tables without running a revision.
 
         :param target: Revision or revisions.
         :param purge: Empty the version tables first, whatever they hold.
-        :param database: Databases to stamp; all when left out.
-        :param tag: Value for ``context.get_tag_argument()``.
-        :param x: Arguments for ``context.get_x_argument()``.
+        :param options: See :class:`RunOptions`.
         :return: The revisions that are current now.
         :raises CommandError: If the target, or an id in a database, is unknown.
         :raises MigrationLockTimeout: If another process holds the lock for too long.
@@ -590,7 +590,7 @@ class Alembic:
             self.run_migrations(_Steps(self, "stamp", target, purge=purge))
             return self._current(scope)
 
-        return self._call(work, database, tag=tag, x=x)
+        return self._call(work, **options)
 
     def ensure_version(self, database: DatabaseNames = None) -> None:
         """Make the version tables that are missing.
@@ -637,52 +637,38 @@ class Alembic:
         self,
         target: RevisionTarget = "heads",
         start: str = "base",
-        *,
-        database: DatabaseNames = None,
-        tag: str | None = None,
-        x: XArguments = None,
+        **options: t.Unpack[RunOptions],
     ) -> dict[str, str]:
         """Make the SQL script of an upgrade. No connection is made.
 
         :param target: Revision to reach.
         :param start: Revision that the database has; ``current`` reads it there.
-        :param database: Databases to write for; all when left out.
-        :param tag: Value for ``context.get_tag_argument()``.
-        :param x: Arguments for ``context.get_x_argument()``.
+        :param options: See :class:`RunOptions`.
         :return: Script by database name.
         :raises CommandError: If the range is none, or a revision needs a connection.
         """
         steps = _Steps(self, "upgrade", target, start=start)
-        return self._sql(steps, database, tag, x)
+        return self._sql(steps, **options)
 
     def downgrade_sql(
-        self,
-        target: RevisionTarget,
-        start: str,
-        *,
-        database: DatabaseNames = None,
-        tag: str | None = None,
-        x: XArguments = None,
+        self, target: RevisionTarget, start: str, **options: t.Unpack[RunOptions]
     ) -> dict[str, str]:
         """Make the SQL script of a downgrade. See :meth:`upgrade_sql`."""
         steps = _Steps(self, "downgrade", target, start=start)
-        return self._sql(steps, database, tag, x)
+        return self._sql(steps, **options)
 
     def stamp_sql(
         self,
         target: RevisionTarget = "heads",
         start: str = "base",
-        *,
-        database: DatabaseNames = None,
-        tag: str | None = None,
-        x: XArguments = None,
+        **options: t.Unpack[RunOptions],
     ) -> dict[str, str]:
         """Make the SQL script of a stamp. See :meth:`upgrade_sql`."""
-        return self._sql(_Steps(self, "stamp", target, start=start), database, tag, x)
+        return self._sql(_Steps(self, "stamp", target, start=start), **options)
 
     def ensure_version_sql(self, database: DatabaseNames = None) -> dict[str, str]:
         """Make the SQL script that makes the version table. See :meth:`upgrade_sql`."""
-        return self._sql(_Steps(self, "ensure-version", ()), database, None, None)
+        return self._sql(_Steps(self, "ensure-version", ()), database=database)
 
     # What only reads
 
@@ -789,41 +775,25 @@ class Alembic:
         return self._call(lambda scope: _produce(self), database)
 
     def upgrade_plan(
-        self,
-        target: RevisionTarget = "heads",
-        *,
-        database: DatabaseNames = None,
-        tag: str | None = None,
-        x: XArguments = None,
+        self, target: RevisionTarget = "heads", **options: t.Unpack[RunOptions]
     ) -> dict[str, list[PlannedStep]]:
         """Tell what :meth:`upgrade` would run, and what that would drop.
 
         The revisions' functions are called with operations that record and do nothing.
 
         :param target: Revision to reach.
-        :param database: Databases to read; all when left out.
-        :param tag: Value for ``context.get_tag_argument()``.
-        :param x: Arguments for ``context.get_x_argument()``.
+        :param options: See :class:`RunOptions`.
         :return: Steps by database name, in the order in which they would run.
         """
         steps = _Steps(self, "upgrade", target)
-        return self._call(
-            lambda scope: _plan(self, scope, steps), database, tag=tag, x=x
-        )
+        return self._call(lambda scope: _plan(self, scope, steps), **options)
 
     def downgrade_plan(
-        self,
-        target: RevisionTarget = -1,
-        *,
-        database: DatabaseNames = None,
-        tag: str | None = None,
-        x: XArguments = None,
+        self, target: RevisionTarget = -1, **options: t.Unpack[RunOptions]
     ) -> dict[str, list[PlannedStep]]:
         """Tell what :meth:`downgrade` would run. See :meth:`upgrade_plan`."""
         steps = _Steps(self, "downgrade", target)
-        return self._call(
-            lambda scope: _plan(self, scope, steps), database, tag=tag, x=x
-        )
+        return self._call(lambda scope: _plan(self, scope, steps), **options)
 
     # Private
 
@@ -882,7 +852,10 @@ class Alembic:
         self,
         work: cabc.Callable[[_Scope], _R],
         database: DatabaseNames = None,
-        **options: t.Any,
+        tag: str | None = None,
+        x: XArguments = None,
+        *,
+        connects: bool = True,
     ) -> _R:
         """Do a method's work in a scope, in an event loop where a driver needs one."""
         targets = _find_targets(self.metadatas, self.engines)
@@ -890,10 +863,10 @@ class Alembic:
         chosen = _select(targets, database)
 
         def inside() -> _R:
-            with self._open(chosen, **options) as scope:
+            with self._open(chosen, tag=tag, x=x) as scope:
                 return work(scope)
 
-        if any(target.is_async for target in chosen.values()):
+        if connects and any(target.is_async for target in chosen.values()):
             return _in_loop(inside)
 
         return inside()
@@ -965,21 +938,15 @@ class Alembic:
             for name in scope.names(self)
         )
 
-    def _sql(
-        self, steps: _Steps, database: DatabaseNames, tag: str | None, x: XArguments
-    ) -> dict[str, str]:
-        if steps.start == "current":
-            return self._call(
-                lambda scope: _run_offline(self, scope, steps, self._rows(scope)),
-                database,
-                tag=tag,
-                x=x,
-            )
-
-        chosen = _select(_find_targets(self.metadatas, self.engines), database)
-
-        with self._open(chosen, tag=tag, x=x) as scope:
-            return _run_offline(self, scope, steps, None)
+    def _sql(self, steps: _Steps, **options: t.Unpack[RunOptions]) -> dict[str, str]:
+        live = steps.start == "current"
+        return self._call(
+            lambda scope: _run_offline(
+                self, scope, steps, self._rows(scope) if live else None
+            ),
+            connects=live,
+            **options,
+        )
 
     def _check_template(self) -> None:
         """Refuse a template that would write a file without its operations."""
@@ -3165,33 +3132,536 @@ def _keeping_scripts(hook: t.Any) -> t.Any:
     return process
 
 
-_NAMING_CONVENTION = ""
+# Alembic's own autogenerate, through its hooks: the user's callable answers first, ours
+# is asked when that has no opinion.
+
+#: From SQLAlchemy's documentation, to be pasted into the application.
+_NAMING_CONVENTION: t.Final = """\
+{
+    "ix": "ix_%(column_0_label)s",
+    "uq": "uq_%(table_name)s_%(column_0_name)s",
+    "ck": "ck_%(table_name)s_%(constraint_name)s",
+    "fk": "fk_%(table_name)s_%(column_0_name)s_%(referred_table_name)s",
+    "pk": "pk_%(table_name)s",
+}"""
 
 
 def _autogenerate_hooks(
-    options: t.Any, *, exclude: t.Any, version_table: t.Any, version_table_schema: t.Any
-) -> t.Any:
-    return dict(options)
+    options: dict[str, t.Any],
+    *,
+    exclude: cabc.Sequence[str],
+    version_table: str,
+    version_table_schema: str | None,
+    connection: sa.Connection | None = None,
+) -> dict[str, t.Any]:
+    """A copy of the options of ``EnvironmentContext.configure`` with our hooks."""
+    default_schema = connection and connection.dialect.default_schema_name
+    own = (version_table_schema or default_schema, version_table)
+    users: dict[str, t.Any] = {k: v for k, v in options.items() if callable(v)}
+
+    def is_foreign(name: str, schema: str | None) -> bool:
+        schema = schema or default_schema
+        return (schema, name) == own or _is_excluded(name, schema, exclude)
+
+    def include_name(name: str | None, type_: str, parents: t.Any) -> bool:
+        user = users.get("include_name")
+
+        if user and not user(name, type_, parents):
+            return False
+
+        return type_ != "table" or not is_foreign(name or "", parents["schema_name"])
+
+    def include_object(
+        item: t.Any, name: str | None, type_: str, reflected: bool, other: t.Any
+    ) -> bool:
+        found = item if reflected else other
+
+        if isinstance(found, sa.Table):
+            _repair_defaults(found, connection)
+
+        user = users.get("include_object")
+
+        if user and not user(item, name, type_, reflected, other):
+            return False
+
+        table = item if type_ == "table" else getattr(item, "table", None)
+        return table is None or not is_foreign(table.name, table.schema)
+
+    def compare_type(context: t.Any, *args: t.Any) -> bool | None:
+        user = users.get("compare_type")
+        answer: bool | None = user and user(context, *args)
+        return _is_type_changed(context, *args[2:]) if answer is None else answer
+
+    def compare_server_default(context: t.Any, *args: t.Any) -> bool | None:
+        for column in args[:2]:
+            if not isinstance(column.server_default, sa.DefaultClause | None):
+                return None  # Computed, Identity: Alembic compares these elsewhere.
+
+        user = users.get("compare_server_default")
+        answer: bool | None = user and user(context, *args)
+        return _is_default_changed(context, *args[:2]) if answer is None else answer
+
+    def render_item(type_: str, item: t.Any, context: AutogenContext) -> t.Any:
+        user = users.get("render_item")
+        code = user(type_, item, context) if user else False
+
+        if code is False and type_ == "type":
+            return _render_type(item, context, user)
+
+        if code is False and type_ == "server_default":
+            return _render_default(item, context)
+
+        return code
+
+    hooks = {**options, "include_name": include_name, "include_object": include_object}
+    hooks["render_item"] = render_item
+
+    for hook in (compare_type, compare_server_default):
+        if options.get(hook.__name__, True) is not False:
+            hooks[hook.__name__] = hook
+
+    return hooks
 
 
-def _escape_message(m: t.Any, e: t.Any) -> t.Any:
-    return m
+def _is_excluded(name: str, schema: str | None, exclude: cabc.Sequence[str]) -> bool:
+    """Whether a table is another tool's, or matched by a glob.
+
+    A glob with a dot is matched against the schema and the name, one without against the
+    name, whatever its schema.
+    """
+    return any(
+        fnmatch.fnmatchcase(f"{schema}.{name}" if "." in glob else name, glob)
+        for glob in ("*alembic_version*", *exclude)
+    )
 
 
-def _has_models(m: t.Any) -> t.Any:
-    return any(x.tables for x in m)
+def _repair_defaults(table: sa.Table, connection: sa.Connection | None) -> None:
+    """Put right what reflection tells of server defaults."""
+    for column in table.columns:
+        if isinstance(column.server_default, sa.Computed | sa.Identity):
+            # Alembic 1.18 to 1.20 take the text of the default before they ask a callable.
+            column.server_default.arg = sa.text("")  # type: ignore[union-attr]
+
+    if not connection or not getattr(connection.dialect, "is_mariadb", False):
+        return
+
+    # SQLAlchemy reads MariaDB's SHOW CREATE TABLE, but not what has a space or a quote.
+    rows = connection.execute(
+        sa.text(
+            "SELECT column_name, column_default, extra FROM information_schema.columns"
+            " WHERE table_schema = coalesce(:schema, database()) AND table_name = :name"
+        ),
+        {"schema": table.schema, "name": table.name},
+    )
+
+    for name, default, extra in rows:
+        column = table.columns.get(name)
+
+        if column is None or default in (None, "NULL"):
+            continue
+
+        if isinstance(column.server_default, sa.DefaultClause | None):
+            update = re.search("on update .*", extra)
+            text = sa.text("")
+            text.text = f"{default} {update[0]}" if update else default
+            column.server_default = sa.DefaultClause(text, _reflected=True)
 
 
-def _user_tables(c: t.Any, e: t.Any, v: t.Any) -> t.Any:
-    return [x for x in sa.inspect(c).get_table_names() if x != v]
+def _is_type_changed(context: MigrationContext, found: t.Any, wanted: t.Any) -> t.Any:
+    """False for what MariaDB and MySQL keep under another name, else no opinion."""
+    if context.dialect.name not in ("mysql", "mariadb"):
+        return None
+
+    kept = found.compile(dialect=context.dialect).upper()
+    name, _, size = wanted.compile(dialect=context.dialect).upper().partition("(")
+    length = int(size[:-1]) if size[:-1].isdecimal() else 0
+
+    if name == "REAL" or (name == "FLOAT" and length > 24):
+        return False if kept.startswith("DOUBLE") else None
+
+    if name in ("BLOB", "TEXT") and length:
+        # The smallest that holds so many bytes; a character has up to four.
+        limits = {"TINY": 2**8, "": 2**16, "MEDIUM": 2**24, "LONG": 2**34}
+        needed = length * (4 if name == "TEXT" else 1)
+        fits = {
+            next(kind for kind, limit in limits.items() if size < limit) + name
+            for size in (length, needed)
+        }
+        return False if kept.partition(" ")[0] in fits else None
+
+    return None
 
 
-def _unnamed_constraints(x: t.Any) -> t.Any:
-    return []
+def _is_default_changed(
+    context: MigrationContext, found: sa.Column[t.Any], wanted: sa.Column[t.Any]
+) -> bool | None:
+    """Compare the default that a column has with the one that its model would make."""
+    dialect, connection = context.dialect, context.connection
+    compiler: t.Any = dialect.ddl_compiler
+    old = t.cast(t.Any, found.server_default)
+    old = old and old.arg.text
+    new = compiler(dialect, None).get_column_default_string(wanted)
+    old, new = (None if str(e or "NULL").upper() == "NULL" else e for e in (old, new))
+
+    if old is None or new is None or connection is None:
+        return False if old is new else None
+
+    def is_changed(old: str, new: str) -> bool:
+        if _sql_key(old, dialect) == _sql_key(new, dialect):
+            return False
+
+        before, after = _literal(old, dialect), _literal(new, dialect)
+
+        if before is not None and after is not None:
+            # Alembic writes a string without the quotes at its ends, should it have any.
+            if before in (after, re.sub("^'|'$", "", after)) or (
+                _value(before, found.type) == _value(after, found.type)
+            ):
+                return False
+        elif before is not None or after is not None or "nextval" in old:
+            # Today's date is no function, even while the two are equal.
+            return True
+
+        return not _is_same_sql(connection, old, new, wanted.type)
+
+    if not is_changed(old, new):
+        return False
+
+    # MariaDB's and MySQL's "on update" is part of the default.
+    parts = [re.split(r"\s+on update\s+", sql, flags=re.I) for sql in (old, new)]
+    return len(parts[0]) != len(parts[1]) or any(map(is_changed, *parts))
 
 
-def _differences(d: t.Any) -> t.Any:
-    return [str(x) for x in d]
+_CAST: t.Final = re.compile(
+    r'::\s*("[^"]+"|\w+)(\.("[^"]+"|\w+))?(\s+(varying|precision))?(\s*\([\d\s,]+\))?'
+    r"(\s+with(out)?\s+time\s+zone)?(\[\d*\])*",
+    re.I,
+)
+
+
+def _sql_key(sql: str, dialect: sa.Dialect) -> tuple[str, tuple[str, ...]]:
+    """SQL without casts, spaces, case and outer parentheses, and the strings in it."""
+    escapes = dialect.name in ("mysql", "mariadb")
+    string = r"'(?:[^'\\]|''|\\.)*'" if escapes else r"'(?:[^']|'')*'"
+    strings = re.findall(string, sql, re.S)
+    code = _CAST.sub("", re.sub(string, "''", sql, flags=re.S))
+    code = re.sub(r"\s+", "", code).lower()
+
+    while code.startswith("("):
+        ends = (n for n in range(1, len(code)) if _is_balanced(code[: n + 1]))
+
+        if next(ends, 0) != len(code) - 1:
+            break
+
+        code = code[1:-1]
+
+    if escapes:
+        strings = [re.sub(r"\\(.)", _unescape, each, flags=re.S) for each in strings]
+
+    return code, tuple(each[1:-1].replace("''", "'") for each in strings)
+
+
+def _is_balanced(code: str) -> bool:
+    return code.count("(") == code.count(")")
+
+
+def _unescape(match: re.Match[str]) -> str:
+    code = {"n": "\n", "t": "\t", "r": "\r", "0": "\0", "Z": "\x1a", "'": "''"}
+    return code.get(match[1], match[1])
+
+
+def _literal(sql: str, dialect: sa.Dialect) -> str | None:
+    """The text of a string or a number, None for what has to be evaluated."""
+    code, strings = _sql_key(sql, dialect)
+
+    if len(strings) == 1 and re.fullmatch(r"\w*''", code):
+        return strings[0]
+
+    is_number = re.fullmatch(r"[-+]?[\d.]+(e[-+]?\d+)?|true|false", code)
+    return code if is_number and not strings else None
+
+
+def _value(text: str, type_: sa.types.TypeEngine[t.Any]) -> t.Any:
+    """What a column of this type makes of a literal."""
+    with contextlib.suppress(NotImplementedError, ValueError, ArithmeticError):
+        kind = type_.python_type
+
+        if issubclass(kind, int | float | decimal.Decimal):
+            return decimal.Decimal({"false": "0", "true": "1"}.get(text, text))
+
+        if issubclass(kind, datetime.date):
+            return datetime.datetime.fromisoformat(text)
+
+        if issubclass(kind, datetime.time):
+            return datetime.time.fromisoformat(text)
+
+        if issubclass(kind, uuid.UUID):
+            return uuid.UUID(text)
+
+    return text
+
+
+def _is_same_sql(
+    connection: sa.Connection, one: str, other: str, type_: sa.types.TypeEngine[t.Any]
+) -> bool:
+    """Let the server evaluate two defaults; SQLite keeps each as it was written."""
+    dialect = connection.dialect
+
+    if dialect.name == "postgresql":
+        name = type_.compile(dialect=dialect)
+        one, other = (f"CAST(CAST(({e}) AS {name}) AS text)" for e in (one, other))
+        test = f"{one} IS NOT DISTINCT FROM {other}"
+    elif dialect.name in ("mysql", "mariadb"):
+        test = f"({one}) <=> ({other})"
+    else:
+        return False
+
+    try:
+        # An error must not end the transaction; there is none to end in autocommit.
+        autocommit = connection.get_isolation_level() == "AUTOCOMMIT"
+
+        with contextlib.nullcontext() if autocommit else connection.begin_nested():
+            return bool(connection.scalar(sa.select(sa.literal_column(test))))
+    except sa.exc.DBAPIError:
+        return False
+
+
+def _render_default(item: t.Any, context: AutogenContext) -> str | t.Literal[False]:
+    """Keep ``text()`` from taking a colon in a default for a parameter."""
+    if not isinstance(item, sa.DefaultClause) or isinstance(item.arg, str):
+        return False
+
+    impl = context.migration_context.impl
+    text = getattr(item.arg, "text", "") if item.reflected else ""
+    text = text or impl.render_ddl_sql_expr(item.arg, is_server_default=True)
+    safe = re.sub(r"(?<![:\w\\]):(?=\w)(?!\w+:)", r"\\:", text)
+    prefix = context.opts["sqlalchemy_module_prefix"] or ""
+    return f"{prefix}text({safe!r})" if safe != text else False
+
+
+def _render_type(
+    type_: sa.types.TypeEngine[t.Any], context: AutogenContext, user: t.Any = None
+) -> str | t.Literal[False]:
+    """The code of a type; False for a plain one of SQLAlchemy's, which Alembic knows."""
+    variants: cabc.Mapping[str, t.Any] = getattr(type_, "_variant_mapping", {})
+    parts = (type_, getattr(type_, "item_type", type_))
+
+    if not variants and all(map(_is_sqlalchemys, parts)):
+        return False
+
+    def render(part: t.Any) -> str:
+        code = user("type", part, context) if user and part is not type_ else False
+        return _type_code(part, context, render) if code is False else str(code)
+
+    code = render(type_)
+
+    for dialect, variant in sorted(variants.items()):
+        code += f".with_variant({render(variant)}, {dialect!r})"
+
+    return code
+
+
+def _is_sqlalchemys(type_: t.Any) -> bool:
+    return type(type_).__module__.startswith("sqlalchemy.")
+
+
+def _type_code(
+    type_: t.Any, context: AutogenContext, render: cabc.Callable[[t.Any], str]
+) -> str:
+    """Code that makes the type, or else what it is made of, or else its bare SQL."""
+    prefix: str = context.opts["sqlalchemy_module_prefix"] or ""
+    user_prefix: str | None = context.opts["user_module_prefix"]
+    dialect = context.migration_context.dialect
+
+    if isinstance(type_, sa.ARRAY) and _is_sqlalchemys(type_):
+        flags = ("as_tuple", "dimensions", "zero_indexes")
+        given = [f"{key}={value!r}" for key in flags if (value := getattr(type_, key))]
+        return f"{prefix}ARRAY({', '.join([render(type_.item_type), *given])})"
+
+    if user_prefix is not None and not _is_sqlalchemys(type_):
+        return f"{user_prefix}{type_!r}"
+
+    # What cannot be made again from its repr(): local to a function, of __main__, with
+    # arguments that are not kept, with a repr() that is not code.
+    with contextlib.suppress(Exception):
+        code, imports = _qualified(type_, prefix)
+        scope = {prefix.rstrip("."): sa} if prefix else dict(vars(sa))
+        exec("\n".join(imports), scope)
+        made = eval(code, scope)
+
+        if isinstance(type_, type(made)) and _ddl(type_, dialect) == _ddl(
+            made, dialect
+        ):
+            context.imports.update(imports)
+            return code
+
+    if isinstance(type_, sa.TypeDecorator):
+        return render(type_.load_dialect_impl(dialect))
+
+    return (
+        f"type({type(type_).__name__!r}, ({prefix}types.UserDefinedType,),"
+        f" dict(cache_ok=True, get_col_spec=lambda *_, **kw: {_ddl(type_, dialect)!r}))()"
+    )
+
+
+def _qualified(type_: t.Any, prefix: str) -> tuple[str, set[str]]:
+    """The repr() of a type with modules before its names, and their imports."""
+    kind = type(type_)
+    module: str = kind.__module__
+    first = kind.__name__
+    imports: set[str] = set()
+    tree = ast.parse(repr(type_), mode="eval")
+
+    if module == "__main__":
+        raise ImportError(module)
+
+    for node in ast.walk(tree):
+        if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name)):
+            continue
+
+        name = node.func.id
+
+        if dialect := re.match(r"sqlalchemy\.dialects\.(\w+)", module):
+            if name == first:
+                # A driver's own class is private, the one that it extends is not.
+                names = (base.__name__ for base in kind.__mro__)
+                name = next(each for each in names if not each.startswith("_"))
+
+            owner = dialect[1] if hasattr(sys.modules[dialect[0]], name) else ""
+            imports.add(f"from sqlalchemy.dialects import {dialect[1]}")
+        else:
+            is_known = hasattr(sys.modules[module], name) or name == first
+            owner = module if is_known and not _is_sqlalchemys(type_) else ""
+            name = kind.__qualname__ if name == first else name
+
+        if owner == module:
+            imports.add(f"import {module}")
+
+        node.func.id = f"{owner}.{name}" if owner else f"{prefix}{name}"
+
+    return ast.unparse(tree), imports
+
+
+def _ddl(type_: sa.types.TypeEngine[t.Any], dialect: sa.Dialect) -> str:
+    try:
+        return type_.compile(dialect=dialect)
+    except sa.exc.CompileError:  # A variant for another database.
+        return repr(type_)
+
+
+def _escape_message(message: str, encoding: str) -> str:
+    r"""A message as the start of a docstring in three double quotes.
+
+    >>> print(_escape_message('add "name" \\o/', "utf-8"))
+    add "name" \\o/
+    """
+
+    def escape(match: re.Match[str]) -> str:
+        char = match[0]
+
+        if char.isprintable() and char.encode(encoding, "ignore"):
+            return char
+
+        return char.encode("unicode_escape").decode()
+
+    # Of several quotes, and at the end, none may join the three that close.
+    text = re.sub(r'\\|"(?="|\Z)', r"\\\g<0>", message)
+    return re.sub(r"[^\n]", escape, text)
+
+
+def _has_models(metadatas: cabc.Iterable[sa.MetaData]) -> bool:
+    """Whether there is a table to compare with."""
+    return any(metadata.tables for metadata in metadatas)
+
+
+def _user_tables(
+    connection: sa.Connection, exclude: cabc.Sequence[str], version_table: str
+) -> list[str]:
+    """The tables in the default schema that a comparison would look at."""
+    schema = connection.dialect.default_schema_name
+    return [
+        name
+        for name in sorted(sa.inspect(connection).get_table_names())
+        if name != version_table and not _is_excluded(name, schema, exclude)
+    ]
+
+
+def _unnamed_constraints(
+    script_ops: cabc.Iterable[UpgradeOps | DowngradeOps],
+) -> list[str]:
+    """The tables whose constraints a batch operation could not name."""
+    from alembic.operations import ops
+
+    found: set[str] = set()
+
+    for container in script_ops:
+        for table in container.ops:
+            for op in table.ops if isinstance(table, ops.ModifyTableOps) else ():
+                if isinstance(op, ops.AddConstraintOp | ops.DropConstraintOp):
+                    name = getattr(op, "constraint_name", None)
+
+                    if not isinstance(name, str):
+                        found.add(_full_name(table.schema, table.table_name))
+
+    return sorted(found)
+
+
+def _full_name(*names: str | None) -> str:
+    return ".".join(str(name) for name in names if name)
+
+
+def _differences(diffs: cabc.Iterable[t.Any]) -> list[str]:
+    """Alembic's differences in words, a line each."""
+    lines = []
+
+    for diff in diffs:
+        if isinstance(diff, list):
+            lines += _differences(t.cast("list[t.Any]", diff))
+        else:
+            lines.append(" ".join(_in_words(*diff).split()))
+
+    return lines
+
+
+def _in_words(kind: str, *rest: t.Any) -> str:
+    verb, _, noun = kind.partition("_")
+    words = {"fk": "foreign key", "constraint": "constraint"}
+
+    if verb == "modify":
+        schema, table, column, _, old, new = rest
+        old, new = (_value_in_words(noun, each) for each in (old, new))
+        noun = {"default": "server default"}.get(noun, noun)
+        return f"change {noun} of '{_full_name(schema, table, column)}' from {old} to {new}"
+
+    if noun == "column":
+        schema, table, column = rest
+        return f"{verb} column '{_full_name(schema, table, column.name)}'"
+
+    item = rest[0]
+
+    if noun == "table":
+        return f"{verb} table '{_full_name(item.schema, item.name)}'"
+
+    if noun == "table_comment":
+        place = f"table '{_full_name(item.schema, item.name)}'"
+        return (
+            f"drop comment of {place}"
+            if verb == "remove"
+            else (f"set comment of {place} to {item.comment!r}")
+        )
+
+    table = getattr(item, "table", None)
+
+    if table is None:
+        return " ".join([verb, noun.replace("_", " "), *map(str, rest)])
+
+    noun = {
+        "fk": "foreign key",
+        "constraint": item.__visit_name__.replace("_", " ").replace("constraint", ""),
+    }.get(noun, noun)
+    columns = ", ".join(getattr(each, "name", str(each)) for each in item.columns)
+    name = f"'{item.name}'" if isinstance(item.name, str) else f"({columns})"
+    return f"{verb} {noun} {name} on '{_full_name(table.schema, table.name)}'"
 
 
 # -- Quick look ------------------------------------------------------------------------
