@@ -162,7 +162,7 @@ class MigrationLockTimeout(FlaskAlembicError):
     def __init__(self, database: str, seconds: float, advice: str) -> None:
         super().__init__(
             f"The migration lock of database '{database}' is held by another connection;"
-            f" gave up after {seconds:.0f} s. To find the holder: {advice}. Set"
+            f" gave up after {seconds:.1f} s. To find the holder: {advice}. Set"
             " 'migration_lock_timeout' in ALEMBIC to wait longer, or 'migration_lock' to"
             " False to go without the lock."
         )
@@ -880,9 +880,10 @@ class Alembic:
 
         if found is None:
             names = scope.names(self)
+            is_primary = name == ("default" if "default" in names else names[0])
             environment = (
                 self.environment_context
-                if name == names[0] and scope.environment is None
+                if is_primary
                 else EnvironmentContext(
                     _with_x(self.config, scope.x), self.script_directory
                 )
@@ -1011,7 +1012,7 @@ class _Cache:
         self._extension = weakref.proxy(extension)
         self._settings: _Settings | None = None
         self._scripts: tuple[Config, t.Any, ScriptDirectory] | None = None
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
 
     @property
     def settings(self) -> _Settings:
@@ -1673,6 +1674,12 @@ def _connect(target: _Target) -> cabc.Iterator[sa.Connection]:
             connection = sa.Connection(target.engine, own_pool.connect())
         else:
             connection = target.engine.connect()
+
+            if isinstance(pool, sa.SingletonThreadPool):
+                # The same connection as the application's, in this thread.
+                with _closed_on_error(connection):
+                    fairy = connection.connection
+                    _refuse_transaction(target.name, fairy.driver_connection)
     except FlaskAlembicError:
         raise
     except Exception as error:
@@ -1695,6 +1702,15 @@ def _connect(target: _Target) -> cabc.Iterator[sa.Connection]:
             own_pool.dispose()
 
 
+@contextlib.contextmanager
+def _closed_on_error(connection: sa.Connection) -> cabc.Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        connection.close()
+        raise
+
+
 def _refuse_transaction(name: str, driver_connection: t.Any) -> None:
     if getattr(driver_connection, "in_transaction", False) and (
         getattr(driver_connection, "autocommit", True) is not False
@@ -1703,6 +1719,11 @@ def _refuse_transaction(name: str, driver_connection: t.Any) -> None:
             f"The application has a transaction open on the one connection of database"
             f" '{name}': commit it or roll it back before migrating."
         )
+
+
+def _name_of(context: MigrationContext) -> str:
+    """The database of a context; a subclass may have made one without saying."""
+    return str(context.opts.get("database_name", "default"))
 
 
 @contextlib.contextmanager
@@ -1963,7 +1984,7 @@ class _Steps:
     def __call__(self, rows: _Heads, context: MigrationContext) -> cabc.Sequence[_Step]:
         script = self.extension.script_directory
         rows = tuple(_as_list(rows))
-        _refuse_unknown(script, rows, context.opts["database_name"])
+        _refuse_unknown(script, rows, _name_of(context))
 
         if self.kind == "ensure-version":
             return []
@@ -2342,7 +2363,9 @@ def _listening(
 ) -> cabc.Iterator[None]:
     """Listen to a connection's events; the pool gets it back without listeners."""
     for event, listener in listeners.items():
-        sa.event.listen(connection, event, listener)
+        # Only this event may replace what it is given.
+        retval = event == "before_cursor_execute"
+        sa.event.listen(connection, event, listener, retval=retval)
 
     try:
         yield
@@ -2397,7 +2420,7 @@ def _run_offline(
                     " START:TARGET."
                 )
         elif steps.start != "base":
-            script.get_revisions(steps.start)
+            _refuse_unrelated(script, steps)
 
     for name, target in scope.targets(extension).items():
         start: t.Any = steps.start if live is None else live[name]
@@ -2417,6 +2440,25 @@ def _run_offline(
         result[name] = output.getvalue()
 
     return result
+
+
+def _refuse_unrelated(script: ScriptDirectory, steps: _Steps) -> None:
+    """Refuse a range whose start does not lead to its target."""
+    lower: t.Any = steps.start
+    upper: t.Any = steps.resolve(script)
+    begin = _scripts(script, lower)
+
+    if steps.kind in ("stamp", "ensure-version") or steps.is_relative(script):
+        return
+
+    if steps.kind == "downgrade":
+        lower, upper = upper, lower
+
+    above = {each.revision for each in script.walk_revisions("base", upper)}
+    needed = _scripts(script, lower) if steps.kind == "downgrade" else begin
+
+    if not {each.revision for each in needed} <= above:
+        raise _command_error(f"'{lower}' is not an ancestor of '{upper}'.")
 
 
 def _version_rows(
@@ -2535,7 +2577,7 @@ def _dropped_by(sql: str) -> list[str]:
 def _guard(
     context: MigrationContext, connection: sa.Connection, settings: _Settings
 ) -> cabc.Iterator[None]:
-    name = context.opts["database_name"]
+    name = _name_of(context)
 
     if connection.in_transaction():
         # What the caller did through the low-level objects; Alembic would commit it too.
@@ -2822,9 +2864,16 @@ def _sqlite_guard(
             return
 
         now = _orphans(cursor) or {}
-        added = [table for table, count in now.items() if count > orphans.get(table, 0)]
+        added = {
+            table: count - orphans.get(table, 0)
+            for table, count in now.items()
+            if count > orphans.get(table, 0)
+        }
+        cursor.execute("SELECT name FROM sqlite_master WHERE type = 'table'")
+        tables = {row[0] for row in cursor.fetchall()}
+        renamed = sum(count for table, count in orphans.items() if table not in tables)
 
-        if added:
+        if sum(added.values()) > renamed:
             # SQLAlchemy has given up its transaction already when this raises.
             driver.rollback()
             raise FlaskAlembicError(
@@ -2836,10 +2885,15 @@ def _sqlite_guard(
     if connection.get_execution_options().get("isolation_level") == "AUTOCOMMIT":
         connection.execution_options(isolation_level="SERIALIZABLE")
 
+    def execute(*args: t.Any) -> tuple[str, t.Any]:
+        # SQLAlchemy's recipe for SQLite has a listener of the engine emit BEGIN.
+        begins = args[2].lstrip()[:5].upper() == "BEGIN"
+        return ("SELECT 1" if begins else args[2]), args[3]
+
     listeners: dict[str, t.Any] = {"commit": commit}
 
     if atomic:
-        listeners["begin"] = begin
+        listeners.update(begin=begin, before_cursor_execute=execute)
 
     try:
         if enforced:
@@ -2914,6 +2968,11 @@ def _place(
     """Where a new revision goes: its parents, its labels and its folder."""
     labels = _as_list(label)
     known = {each for s in script.walk_revisions() for each in s.branch_labels}
+    used = sorted(known.intersection(labels))
+
+    if used:
+        raise _command_error(f"There is a branch {_quoted(used)} already.")
+
     parents = _as_list(_identifiers(parent))
     heads = script.get_revisions(script.get_heads())
 
@@ -2943,8 +3002,6 @@ def _place(
         folder = places.get(os.fspath(path)) or _folder(settings.root, path, "path")
     elif branch in places:
         folder = places[branch]
-    elif found:
-        folder = os.path.dirname(found[0].path)
     else:
         folder = settings.locations[0]
 
@@ -3019,7 +3076,7 @@ def _is_empty(container: t.Any) -> bool:
 
 
 def _refuse_behind(script: ScriptDirectory, context: MigrationContext) -> None:
-    name = context.opts["database_name"]
+    name = _name_of(context)
     rows = context.get_current_heads()
     _refuse_unknown(script, rows, name)
     pending = _upgrade_steps(script, "heads", rows)
