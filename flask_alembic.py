@@ -2712,20 +2712,19 @@ def _server_lock(
     try:
         yield
     finally:
-        with _restoring(connection):
-            connection.scalar(sa.text(lock.release), {"key": key})
+        release = sa.text(lock.release)
+        _restore(connection, lambda: connection.scalar(release, {"key": key}))
 
 
-@contextlib.contextmanager
-def _restoring(connection: sa.Connection) -> cabc.Iterator[None]:
+def _restore(connection: sa.Connection, action: cabc.Callable[[], t.Any]) -> None:
     """Restore a server session; one that cannot be restored must not reach the pool."""
     try:
+        connection.rollback()
+
+        # A lost session has taken all with it; SQLAlchemy would open another one.
         if not connection.invalidated:
-            connection.rollback()
-            yield
+            action()
             connection.commit()
-        else:
-            connection.rollback()
     except sa.exc.DBAPIError:
         connection.invalidate()
     except BaseException:
@@ -2742,18 +2741,14 @@ def _server_timeouts(
     former = {key: _get_variable(connection, key) for key in wanted}
     connection.rollback()
 
-    for key, value in wanted.items():
-        _set_variable(connection, key, value)
-
+    _set_variables(connection, wanted)
     connection.commit()
 
     try:
         yield
     finally:
         if former:
-            with _restoring(connection):
-                for key, value in former.items():
-                    _set_variable(connection, key, value)
+            _restore(connection, lambda: _set_variables(connection, former))
 
 
 def _timeout_values(connection: sa.Connection, settings: _Settings) -> dict[str, t.Any]:
@@ -2791,12 +2786,13 @@ def _get_variable(connection: sa.Connection, key: str) -> t.Any:
     return connection.exec_driver_sql(f"SELECT @@SESSION.{key}").scalar()
 
 
-def _set_variable(connection: sa.Connection, key: str, value: t.Any) -> None:
-    if connection.dialect.name == "postgresql":
-        values = {"key": key, "value": value}
-        connection.execute(sa.text("SELECT set_config(:key, :value, false)"), values)
-    else:
-        connection.exec_driver_sql(f"SET SESSION {key} = {value}")
+def _set_variables(connection: sa.Connection, values: dict[str, t.Any]) -> None:
+    for key, value in values.items():
+        if connection.dialect.name == "postgresql":
+            statement = sa.text("SELECT set_config(:key, :value, false)")
+            connection.execute(statement, {"key": key, "value": value})
+        else:
+            connection.exec_driver_sql(f"SET SESSION {key} = {value}")
 
 
 @contextlib.contextmanager
