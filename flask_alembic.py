@@ -1759,20 +1759,12 @@ def _in_loop(fn: cabc.Callable[[], _R]) -> _R:
         return await greenlet_spawn(fn)
 
     def run() -> _R:
-        # Not asyncio.Runner: it keeps the first Ctrl-C from code that awaits nothing.
         loop = asyncio.new_event_loop()
         task = loop.create_task(spawn())
 
         try:
-            return loop.run_until_complete(task)
-        except KeyboardInterrupt:
-            if not task.done():
-                task.cancel()
-
-                with contextlib.suppress(asyncio.CancelledError):
-                    loop.run_until_complete(task)
-
-            raise
+            with _interrupting(loop, task):
+                return loop.run_until_complete(task)
         finally:
             loop.run_until_complete(loop.shutdown_asyncgens())
             loop.close()
@@ -1788,6 +1780,51 @@ def _in_loop(fn: cabc.Callable[[], _R]) -> _R:
 
     with ThreadPoolExecutor(1) as executor:
         return executor.submit(contextvars.copy_context().run, run).result()
+
+
+@contextlib.contextmanager
+def _interrupting(loop: t.Any, task: t.Any) -> cabc.Iterator[None]:
+    """Bring Ctrl-C to a task: at once in a revision's own code, else where it awaits.
+
+    ``asyncio.Runner`` keeps the first one from code that awaits nothing, and raising it in
+    the loop itself crashes asyncpg.
+    """
+    import asyncio
+    import signal
+
+    from greenlet import getcurrent
+
+    root = getcurrent()
+    count = 0
+
+    def interrupt(*_: object) -> None:
+        nonlocal count
+        count += 1
+
+        if count > 1 or getcurrent() is not root:
+            raise KeyboardInterrupt
+
+        task.cancel()
+        loop.call_soon_threadsafe(lambda: None)  # wakes the loop up
+
+    ours = (
+        threading.current_thread() is threading.main_thread()
+        and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    )
+
+    if ours:
+        signal.signal(signal.SIGINT, interrupt)
+
+    try:
+        yield
+    except asyncio.CancelledError:
+        if count:
+            raise KeyboardInterrupt from None
+
+        raise
+    finally:
+        if ours:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _script_signature(script: ScriptDirectory) -> t.Any:
@@ -3354,6 +3391,10 @@ def _is_default_changed(
     old = t.cast(t.Any, found.server_default)
     old = old and old.arg.text
     new = compiler(dialect, None).get_column_default_string(wanted)
+
+    if new and dialect.paramstyle in ("format", "pyformat"):
+        new = new.replace("%%", "%")
+
     old, new = (None if str(e or "NULL").upper() == "NULL" else e for e in (old, new))
 
     if old is None or new is None or connection is None:
@@ -3732,7 +3773,7 @@ _UNSEEN.update(("f_globals", "__dict__", "__getattr__", "__setattr__"))
 def _quick_heads(locations: cabc.Sequence[str]) -> frozenset[str] | None:
     """Tell which rows the version table holds when nothing is left to upgrade.
 
-    ``None`` means "don't know": Alembic may refuse the files, or have a rule of its own.
+    ``None`` means "don't know": Alembic may refuse the files, or use a rule of its own.
     Only what running a file would show (an ``ImportError`` in it) stays unseen.
 
     :param locations: Absolute paths, read neither recursively nor sourceless.
@@ -3756,7 +3797,7 @@ def _quick_heads(locations: cabc.Sequence[str]) -> frozenset[str] | None:
     except Exception:  # whatever is wrong, Alembic says it better
         return None
 
-    # Some name is there twice, or one is a label or a prefix (or missing).
+    # A name is there twice, or one of the ids is missing (or is a label or a prefix).
     if illegal or len({*names}) < len(names) or covered - {*below}:
         return None
 
@@ -3780,7 +3821,7 @@ def _revision_files(locations: cabc.Iterable[str]) -> cabc.Iterator[str]:
             if not entry.name.endswith(".py") or entry.is_dir():
                 continue
 
-            if not entry.is_file() or entry.name.strip(".") == "py":
+            if entry.name.strip(".") == "py":
                 raise ValueError(entry.path)
 
             if not entry.name.startswith((".#", "__init__")):
@@ -3813,13 +3854,13 @@ def _read_identifiers(path: str) -> dict[str, object]:
 
     if sorted(found) != bound:
         for node in ast.parse(source).body:
-            if isinstance(node, (ast.Assign, ast.AnnAssign)) and node.value:
-                target = (
-                    node.targets[0] if isinstance(node, ast.Assign) else node.target
-                )
-
-                if isinstance(target, ast.Name) and target.id in bound:
-                    found[target.id] = ast.literal_eval(node.value)
+            match node:
+                case ast.Assign([ast.Name(name)], value) | ast.AnnAssign(
+                    ast.Name(name), _, ast.expr() as value
+                ) if name in bound:
+                    found[name] = ast.literal_eval(value)
+                case _:
+                    pass
 
     if sorted(found) != bound:
         raise ValueError(path)
@@ -3829,29 +3870,24 @@ def _read_identifiers(path: str) -> dict[str, object]:
 
 def _refuse_unseen(code: types.CodeType) -> None:
     """Refuse code that may bind an identifier where the bytecode does not show it."""
-    scopes, unseen = [code], _UNSEEN
+    scopes = [code]
 
     for scope in scopes:  # grows on the way
         scopes += [each for each in scope.co_consts if isinstance(each, types.CodeType)]
+        unseen = _UNSEEN if scope is code else _UNSEEN | _IDENTIFIERS
+        has_star = ("*",) in scope.co_consts  # from x import *
 
-        # 'from x import *', and an instruction that has no room for a name's number.
-        if ("*",) in scope.co_consts or len(code.co_names) > 256:
+        # An instruction has eight bits for the number of a name.
+        if has_star or unseen & {*scope.co_names} or len(code.co_names) > 256:
             raise ValueError(code)
-
-        if not unseen.isdisjoint(scope.co_names):
-            raise ValueError(scope)
-
-        unseen = _UNSEEN | _IDENTIFIERS
 
 
 def _as_names(value: object) -> tuple[str, ...]:
-    """Read none, one or several names, in the ways that Alembic takes them."""
-    names = () if value is None else (value,) if isinstance(value, str) else value
+    """Read none, one or several names, as Alembic does; fail for all but strings."""
+    if isinstance(value, (tuple, list)):
+        return tuple(each + "" for each in t.cast("cabc.Sequence[str]", value))
 
-    if not isinstance(names, (tuple, list)) or {*map(type, names)} - {str}:
-        raise TypeError(value)
-
-    return tuple(t.cast("cabc.Sequence[str]", names))
+    return () if value is None else (t.cast("str", value) + "",)
 
 
 def _signature(
@@ -4125,13 +4161,14 @@ def _stamp_command(
     targets: tuple[str, ...], purge: bool, sql: bool, **options: t.Any
 ) -> None:
     """Write TARGETS into the version table, and run nothing."""
-    starts, wanted = zip(*(_split_range(each, sql) for each in targets), strict=True)
+    ranges = [_split_range(each, sql) for each in targets]
+    wanted = [target for _, target in ranges]
 
     if sql and purge:
         raise click.UsageError("Give either '--sql' or '--purge'.")
 
     if sql:
-        start = next(filter(None, starts), "base")
+        start = next((start for start, _ in ranges if start), "base")
         _echo_scripts(_alembic().stamp_sql(wanted, start, **_given(options)))
     else:
         _echo_revisions(_alembic().stamp(wanted, purge=purge, **_given(options)))
@@ -4175,14 +4212,16 @@ def _check_command(database: tuple[str, ...], **_: t.Any) -> None:
 
     for name in database or alembic.databases:
         if texts := _differences(alembic.compare_metadata(name)):
-            lines += [f"Models and database '{name}' differ:"]
+            behind = len(alembic.status(name)[name].pending)
+            note = f" ({_count(behind)} pending)" if behind else ""
+            lines += [f"Models and database '{name}'{note} differ:"]
             lines += [f"  {text}" for text in texts]
 
     for branch, heads in alembic.diverged().items():
         ids = " ".join(script.revision for script in heads)
         lines += [f"Branch '{branch}' has {len(heads)} heads:"]
         lines += [f"  {_format(script)}" for script in heads]
-        lines += [f"To merge them: flask db merge {ids}"]
+        lines += [f'To merge them: flask db merge -m "merge heads" {ids}']
 
     _echo(lines or ["No changes detected."])
 
@@ -4441,15 +4480,17 @@ def _status_data(state: DatabaseStatus) -> dict[str, t.Any]:
 
 
 @contextlib.contextmanager
-def _logging(level: int) -> cabc.Iterator[None]:
+def _logging(level: int) -> cabc.Generator[None]:
     """Show log lines, unless something does already; leave no trace."""
     loggers = [logging.getLogger("alembic"), _logger]
     # Of Alembic's own, "Detected ..." is shown; "Running ..." is what progress tells.
     levelled = [logging.getLogger("alembic.autogenerate"), _logger]
     former = [logger.level for logger in levelled]
     handler = _StderrHandler()
+    handlers = [each for x in (*loggers, logging.root) for each in x.handlers]
 
-    if any(logger.hasHandlers() for logger in loggers):
+    # Alembic itself adds one that does nothing.
+    if not all(isinstance(each, logging.NullHandler) for each in handlers):
         yield
         return
 
@@ -4481,7 +4522,7 @@ class _StderrHandler(logging.Handler):
 
 
 @contextlib.contextmanager
-def _shown_progress(verb: str, quiet: bool, named: bool) -> cabc.Iterator[None]:
+def _shown_progress(verb: str, quiet: bool, named: bool) -> cabc.Generator[None]:
     """Show each revision as it runs, then how many ran in what time."""
     lines = _ProgressLines(named)
     token = _progress.set(None if quiet else lines)
@@ -4495,7 +4536,7 @@ def _shown_progress(verb: str, quiet: bool, named: bool) -> cabc.Iterator[None]:
 
     if not quiet:
         seconds = time.perf_counter() - began
-        done = f"{_count(lines.done)} {verb}d in {seconds:.2f}s."
+        done = f"{_count(len(lines.done))} {verb}d in {seconds:.2f}s."
         click.echo(done if lines.done else "Nothing to do.", err=True)
 
 
@@ -4504,7 +4545,7 @@ class _ProgressLines:
 
     def __init__(self, named: bool) -> None:
         self.named = named
-        self.done = 0
+        self.done: set[str] = set()
         self._open = False
 
     def __call__(self, step: _Progress) -> None:
@@ -4535,7 +4576,7 @@ class _ProgressLines:
         line = f"{place}  {name}  {text} ..." if again else ""
         click.echo(f"{line} {step.seconds:.2f}s", err=True)
         self._open = False
-        self.done += 1
+        self.done.add(step.revision.revision)
 
     def end_line(self, end: str = "") -> None:
         """End a line that waits for its time."""
