@@ -40,7 +40,6 @@ from contextvars import ContextVar
 
 import click
 import sqlalchemy as sa
-from click.shell_completion import CompletionItem
 from flask import Flask
 from flask import current_app
 from flask import g
@@ -707,9 +706,17 @@ class Alembic:
     def log(
         self, start: RevisionTarget = "base", end: RevisionTarget = "heads"
     ) -> list[Script]:
-        """Get the revisions from ``end`` down to ``start``, both included."""
+        """Get the revisions from ``end`` down to ``start``, both included.
+
+        Either may be ``current``, which reads the databases.
+        """
+        lower, upper = (
+            tuple(each.revision for each in self.current())
+            if name == "current"
+            else _identifiers(name)
+            for name in (start, end)
+        )
         script = self.script_directory
-        lower, upper = (_identifiers(each) for each in (start, end))
         return list(script.walk_revisions(t.cast(str, lower), t.cast(str, upper)))
 
     def status(self, database: DatabaseNames = None) -> dict[str, DatabaseStatus]:
@@ -2461,6 +2468,10 @@ def _run_offline(
 
     for name, target in scope.targets(extension).items():
         start: t.Any = steps.start if live is None else live[name]
+
+        if live is not None:
+            _refuse_unknown(script, live[name], name)
+
         output = io.StringIO()
         run = _Run(
             extension,
@@ -3955,8 +3966,9 @@ class _Command(click.Command):
         if self.callback is not None:
             self.callback = _reported(self.callback)
 
-    def make_context(self, *args: t.Any, **extra: t.Any) -> click.Context:
-        return super().make_context(*args, **_with_prefix(args[0], extra))
+    def make_context(self, info_name: t.Any, *args: t.Any, **extra: t.Any) -> t.Any:
+        extra = _with_prefix(info_name, extra)
+        return super().make_context(info_name, *args, **extra)
 
 
 class _Group(AppGroup):
@@ -3964,8 +3976,9 @@ class _Group(AppGroup):
 
     command_class = _Command
 
-    def make_context(self, *args: t.Any, **extra: t.Any) -> click.Context:
-        return super().make_context(*args, **_with_prefix(args[0], extra))
+    def make_context(self, info_name: t.Any, *args: t.Any, **extra: t.Any) -> t.Any:
+        extra = _with_prefix(info_name, extra)
+        return super().make_context(info_name, *args, **extra)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)
@@ -4078,6 +4091,8 @@ def _complete(
 ) -> list[t.Any]:
     """Complete names of databases, branches, revisions; with nothing if it cannot."""
     import warnings
+
+    from click.shell_completion import CompletionItem
 
     try:
         with contextlib.ExitStack() as stack:
@@ -4316,8 +4331,11 @@ def _split_range(target: str, sql: bool) -> tuple[str, str]:
     """Take ``[START:]TARGET`` apart."""
     start, colon, end = target.rpartition(":")
 
-    if colon and not (sql and end):
-        raise click.UsageError("START:TARGET is for '--sql', and needs a target.")
+    if not end:
+        raise click.UsageError("The target is empty.")
+
+    if colon and not sql:
+        raise click.UsageError("START:TARGET is for '--sql'.")
 
     return start, end
 
@@ -4552,19 +4570,19 @@ class _ProgressLines:
         terminal = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
         place = f"{step.number:>3}/{step.total}"
         name = (f"{step.database}  " if self.named else "") + step.revision.revision
-        text = _summary(step.revision)
+        text = f"  {_summary(step.revision)}".rstrip()
 
         if terminal:
             # A line that wraps could not be written over.
             columns = os.get_terminal_size(sys.stderr.fileno()).columns or 80
-            room = columns - _width(f"{place}  {name}  ")
+            room = columns - _width(f"{place}  {name} ... 999.99s ")
 
-            while text and _width(text) > room - len(" ... 999.99s "):
+            while text and _width(text) > room:
                 text = text[:-1]
 
         if step.seconds is None:
             self.end_line()
-            click.echo(f"{place}  {name}  {text} ...", err=True, nl=False)
+            click.echo(f"{place}  {name}{text} ...", err=True, nl=False)
             self._open = True
             return
 
@@ -4573,7 +4591,7 @@ class _ProgressLines:
 
         # Again on a terminal, where it gets colour, and where something came between.
         again = terminal or not self._open
-        line = f"{place}  {name}  {text} ..." if again else ""
+        line = f"{place}  {name}{text} ..." if again else ""
         click.echo(f"{line} {step.seconds:.2f}s", err=True)
         self._open = False
         self.done.add(step.revision.revision)
