@@ -1229,6 +1229,13 @@ def _read_settings(app: Flask) -> _Settings:
     script_location, version_locations = (options.pop(key, None) for key in _PLACES)
     root = os.path.abspath(app.root_path)
     home = _folder(root, script_location or "migrations", "script_location")
+    # Flask-Migrate's folder is where its commands ran: beside an application's package.
+    beside = os.path.join(os.path.dirname(root), "migrations")
+
+    if script_location in (None, "migrations") and not os.path.isdir(home):
+        if os.path.isfile(os.path.join(beside, "env.py")) and _is_nested(beside):
+            home = beside
+
     branches = _version_locations(root, home, version_locations, _SEPARATORS[separator])
     folders = [path for _, path in branches]
 
@@ -2044,13 +2051,10 @@ class _Steps:
         target = _identifiers(self.target)
         down = self.kind == "downgrade"
 
-        if isinstance(target, tuple) or isinstance(self.target, bool):
-            if isinstance(self.target, bool):
-                raise _command_error(f"{self.target} is no revision.")
+        if isinstance(self.target, bool) or not all(_as_list(target)):
+            raise _command_error(f"{self.target!r} is no revision.")
 
-            return target
-
-        if not target.isdecimal():
+        if isinstance(target, tuple) or not target.isdecimal():
             return target
 
         # Digits are an id before they are a count; nobody counts to a thousand.
@@ -2737,31 +2741,36 @@ def _server_lock(
         finally:
             connection.rollback()
 
+    held = True
+
     try:
         _wait(
-            name, settings.migration_lock_timeout, attempt, lock.advice.format(key=key)
+            name,
+            settings.migration_lock_timeout,
+            attempt,
+            lock.advice.format(key=key),
         )
     except sa.exc.DBAPIError as error:
         # Servers that speak PostgreSQL's protocol may lack the function (42883) or refuse
         # it (0A000): CockroachDB, YugabyteDB, Redshift.
-        code = getattr(error.orig, "sqlstate", None) or getattr(
-            error.orig, "pgcode", None
-        )
+        code = getattr(error.orig, "sqlstate", None) or getattr(error.orig, "pgcode", 0)
 
         if connection.dialect.name != "postgresql" or code not in ("42883", "0A000"):
             raise
 
-        _logger.info(
-            "Database '%s' has no advisory locks: migrating without one.", name
-        )
-        yield
-        return
+        held = False
+        _logger.info("Database '%s' has no advisory locks: migrating without.", name)
+    except KeyboardInterrupt:
+        # It may have come just after the lock did.
+        connection.invalidate()
+        raise
 
     try:
         yield
     finally:
-        release = sa.text(lock.release)
-        _restore(connection, lambda: connection.scalar(release, {"key": key}))
+        if held:
+            release = sa.text(lock.release)
+            _restore(connection, lambda: connection.scalar(release, {"key": key}))
 
 
 def _restore(connection: sa.Connection, action: cabc.Callable[[], t.Any]) -> None:
@@ -2947,16 +2956,19 @@ def _sqlite_guard(
             yield
     finally:
         connection.rollback()
-        driver.rollback()
-        driver.isolation_level = level
 
-        if enforced:
-            pragma("foreign_keys = ON")
+        # After Ctrl-C inside a statement, the connection is closed and has nothing to restore.
+        if not connection.invalidated:
+            driver.rollback()
+            driver.isolation_level = level
 
-        cursor.close()
+            if enforced:
+                pragma("foreign_keys = ON")
 
-        if mode != -1:
-            driver.autocommit = mode
+            cursor.close()
+
+            if mode != -1:
+                driver.autocommit = mode
 
 
 def _orphans(cursor: t.Any) -> dict[str, int] | None:
