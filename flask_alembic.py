@@ -1,7 +1,7 @@
 """Database migrations for Flask, by Alembic, in one module.
 
-One object gives a Flask application Alembic's migrations: as ``flask db`` commands and as
-Python calls, for Flask-SQLAlchemy, Flask-SQLAlchemy-Lite and plain SQLAlchemy.
+One object gives a Flask application Alembic's migrations: as ``flask db`` commands and
+as Python calls, for Flask-SQLAlchemy, Flask-SQLAlchemy-Lite and plain SQLAlchemy.
 
     from flask_alembic import Alembic
 
@@ -11,9 +11,9 @@ Python calls, for Flask-SQLAlchemy, Flask-SQLAlchemy-Lite and plain SQLAlchemy.
         alembic.revision("add users")
         alembic.upgrade()
 
-Rooms, in order (``grep -n '^# -- '`` prints them): the extension that users call; what it
-keeps and reads; the databases it works on; the environment through which every migration
-goes; the guards around it; autogenerate; the quick look; the commands.
+Rooms, in order (``grep -n '^# -- '`` prints them): the extension that users call; what
+it keeps and reads; the databases it works on; the environment through which every
+migration goes; the guards around it; autogenerate; the quick look; the commands.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ import time
 import types
 import typing as t
 import uuid
+import warnings
 import weakref
 from contextvars import ContextVar
 
@@ -46,12 +47,17 @@ from flask import g
 from flask.cli import AppGroup
 from flask.cli import ScriptInfo
 from flask.helpers import get_debug_flag
+from sqlalchemy import event
+from sqlalchemy import exc
 
 if t.TYPE_CHECKING:
+    from alembic.autogenerate.api import AutogenContext
     from alembic.config import Config
     from alembic.operations import MigrateOperation
     from alembic.operations import MigrationScript
     from alembic.operations import Operations
+    from alembic.operations.ops import DowngradeOps
+    from alembic.operations.ops import UpgradeOps
     from alembic.runtime.environment import EnvironmentContext
     from alembic.runtime.migration import MigrationContext
     from alembic.runtime.migration import RevisionStep
@@ -79,10 +85,16 @@ _Heads: t.TypeAlias = "tuple[str, ...]"
 StepFunction: t.TypeAlias = (
     "cabc.Callable[[t.Any, MigrationContext], cabc.Iterable[_Step]]"
 )
-#: One revision or several: ids, unique prefixes, symbols such as ``users@head``, scripts.
+#: One revision or several: ids, unique prefixes, symbols such as ``users@head``,
+#: scripts.
 RevisionTarget: t.TypeAlias = "str | int | Script | cabc.Sequence[str | Script]"
 DatabaseNames: t.TypeAlias = "str | cabc.Sequence[str] | None"
 XArguments: t.TypeAlias = "cabc.Mapping[str, t.Any] | cabc.Sequence[str] | str | None"
+MetadataOption: t.TypeAlias = "sa.MetaData | cabc.Sequence[sa.MetaData]"
+EngineOption: t.TypeAlias = "sa.Engine | AsyncEngine"
+
+_logger: t.Final = logging.getLogger("flask_alembic")
+_MYSQL: t.Final = ("mysql", "mariadb")
 
 
 class RunOptions(t.TypedDict, total=False):
@@ -92,15 +104,9 @@ class RunOptions(t.TypedDict, total=False):
     database: DatabaseNames
     #: For ``context.get_tag_argument()`` in revisions.
     tag: str | None
-    #: For ``context.get_x_argument()`` in revisions: a dict, or a list of ``KEY=VALUE``.
+    #: For ``context.get_x_argument()`` in revisions: a dict, or a list of
+    #: ``KEY=VALUE``.
     x: XArguments
-
-
-MetadataOption: t.TypeAlias = "sa.MetaData | cabc.Sequence[sa.MetaData]"
-EngineOption: t.TypeAlias = "sa.Engine | AsyncEngine"
-
-_logger: t.Final = logging.getLogger("flask_alembic")
-_MYSQL: t.Final = ("mysql", "mariadb")
 
 
 class DatabaseStatus(t.NamedTuple):
@@ -160,10 +166,10 @@ class MigrationLockTimeout(FlaskAlembicError):
 
     def __init__(self, database: str, seconds: float, advice: str) -> None:
         super().__init__(
-            f"The migration lock of database '{database}' is held by another connection;"
-            f" gave up after {seconds:.1f} s. To find the holder: {advice}. Set"
-            " 'migration_lock_timeout' in ALEMBIC to wait longer, or 'migration_lock' to"
-            " False to go without the lock."
+            f"The migration lock of database '{database}' is held by another"
+            f" connection; gave up after {seconds:.1f} s. To find the holder: {advice}."
+            " Set 'migration_lock_timeout' in ALEMBIC to wait longer, or"
+            " 'migration_lock' to False to go without the lock."
         )
         self.database = database
         self.seconds = seconds
@@ -172,38 +178,29 @@ class MigrationLockTimeout(FlaskAlembicError):
         return RuntimeError.__new__, (type(self), *self.args), self.__dict__
 
 
-#: Key in an exception's ``__dict__``: ``"revision"`` when a revision's own code raised it,
-#: ``"connect"`` when the database could not be reached. Types alone do not tell.
+#: Key in an exception's ``__dict__``: ``"revision"`` when a revision's own code raised
+#: it, ``"connect"`` when the database could not be reached. Types alone do not tell.
 _ORIGIN: t.Final = "_flask_alembic_origin"
 
 
 def _is_user_error(error: BaseException) -> bool:
     """Whether one line says all: wrong set-up, a wrong request, no connection."""
-    origin = error.__dict__.get(_ORIGIN)
-
-    if origin is not None:
+    if origin := error.__dict__.get(_ORIGIN):
         return bool(origin == "connect")
 
-    if isinstance(error, FlaskAlembicError):
-        return True
-
     # Where Alembic was never imported, it cannot have raised.
-    import sys
-
     exc = sys.modules.get("alembic.util.exc")
-    return exc is not None and isinstance(error, exc.CommandError)
+    kinds = (FlaskAlembicError, exc.CommandError) if exc else FlaskAlembicError
+    return isinstance(error, kinds)
 
 
 def _user_message(error: BaseException) -> str:
     """The one line for an error of which :func:`_is_user_error` is true."""
-    if error.__dict__.get(_ORIGIN) == "connect":
-        return str(error.__notes__[0])
-
-    return " ".join(str(error).split())
+    is_connect = error.__dict__.get(_ORIGIN) == "connect"
+    return str(error.__notes__[0]) if is_connect else " ".join(str(error).split())
 
 
 def _command_error(message: str) -> Exception:
-    """Alembic's own error, imported when it is needed."""
     from alembic.util import CommandError
 
     return CommandError(message)
@@ -215,13 +212,16 @@ def _command_error(message: str) -> Exception:
 class Alembic:
     """Alembic's migrations for Flask applications.
 
+    Methods that talk to databases take ``database``: a name or several; all when left
+    out. For the ``options`` of those that migrate, see :class:`RunOptions`.
+
     :param app: Application to set up; else call :meth:`init_app`.
     :param run_mkdir: Make the migrations folder in :meth:`init_app` when it is missing.
     :param command_name: Name of the command group; empty registers no commands.
     :param metadatas: A metadata, a list of them (one database), or a dict of database
         name to either. Found in Flask-SQLAlchemy when left out.
-    :param engines: An engine, sync or async, or a dict of database name to engine. Found
-        in Flask-SQLAlchemy and Flask-SQLAlchemy-Lite when left out.
+    :param engines: An engine, sync or async, or a dict of database name to engine.
+        Found in Flask-SQLAlchemy and Flask-SQLAlchemy-Lite when left out.
     """
 
     def __init__(
@@ -239,9 +239,7 @@ class Alembic:
         self.metadatas: dict[str, MetadataOption] = _by_name(metadatas)
         #: Engines by database name, as given.
         self.engines: dict[str, EngineOption] = _by_name(engines)
-        self._caches: weakref.WeakKeyDictionary[Flask, _Cache] = (
-            weakref.WeakKeyDictionary()
-        )
+        self._caches = weakref.WeakKeyDictionary[Flask, _Cache]()
 
         if app is not None:
             self.init_app(app)
@@ -251,10 +249,9 @@ class Alembic:
     ) -> None:
         """Set up an application: configuration defaults, commands, migrations folder.
 
-        No database is touched. A folder that cannot be made is no error here; what needs
-        the folder says so when it is used.
+        No database is touched. A folder that cannot be made is no error here; what
+        needs the folder says so when it is used.
 
-        :param app: Application to set up.
         :param run_mkdir: Overrides the constructor's for this application.
         :param command_name: Overrides the constructor's for this application.
         :raises FlaskAlembicError: If ``ALEMBIC`` or ``ALEMBIC_CONTEXT`` cannot be used.
@@ -266,7 +263,7 @@ class Alembic:
         options.setdefault("version_locations", [])
         options.setdefault("path_separator", "os")
         _config_dict(app, "ALEMBIC_CONTEXT").setdefault("compare_server_default", True)
-        settings = _read_settings(app)
+        template = _read_settings(app).template
         app.teardown_appcontext(self._close_context)
         name = self.command_name if command_name is None else command_name
 
@@ -275,7 +272,7 @@ class Alembic:
 
         wanted = self.run_mkdir if run_mkdir is None else run_mkdir
 
-        if wanted and not os.path.isfile(settings.template):
+        if wanted and not os.path.isfile(template):
             with contextlib.suppress(FlaskAlembicError), app.app_context():
                 self.mkdir()
 
@@ -303,13 +300,10 @@ class Alembic:
     @property
     def environment_context(self) -> EnvironmentContext:
         """Alembic's environment of the ``default`` or only database."""
-        from alembic.runtime.environment import EnvironmentContext
-
         scope = self._scope()
 
         if scope.environment is None:
-            config = _with_x(self.config, scope.x)
-            scope.environment = EnvironmentContext(config, self.script_directory)
+            scope.environment = self._new_environment(scope)
 
         return scope.environment
 
@@ -333,16 +327,9 @@ class Alembic:
         """Alembic's operations per database name, each bound to its database."""
         from alembic.operations import Operations
 
-        scope = self._scope()
-
-        for name, context in self.migration_contexts.items():
-            if (
-                name not in scope.ops
-                or scope.ops[name].migration_context is not context
-            ):
-                scope.ops[name] = Operations(context)
-
-        return {name: scope.ops[name] for name in scope.names(self)}
+        made = self._scope().ops
+        found = self.migration_contexts.items()
+        return {name: made.setdefault(each, Operations(each)) for name, each in found}
 
     @property
     def op(self) -> Operations:
@@ -371,15 +358,11 @@ class Alembic:
         return tuple(_find_targets(self.metadatas, self.engines))
 
     def run_sync(self, fn: cabc.Callable[..., _R], *args: t.Any) -> _R:
-        """Call ``fn`` where the low-level objects of an async engine may be used.
+        """Call ``fn(*args)`` where low-level objects of an async engine may be used.
 
-        With sync engines only, it is a plain call. With an async one, ``fn`` runs inside
-        an event loop of its own, and the connections that it opens through the
-        low-level objects are closed when it returns.
-
-        :param fn: Synchronous function.
-        :param args: Its arguments.
-        :return: What ``fn`` returns.
+        With sync engines only, it is a plain call. With an async one, ``fn`` runs
+        inside an event loop of its own. Connections that it opens through the low-level
+        objects are closed when it returns.
         """
         return self._call(lambda scope: fn(*args))
 
@@ -388,22 +371,23 @@ class Alembic:
     def mkdir(self) -> None:
         """Make the migrations folder, the version locations and ``script.py.mako``.
 
-        What exists is left as it is, but for one thing: Alembic's own unchanged template
-        for one database gives way to the one for several, when there are several.
+        What exists is left as it is, but for one thing: Alembic's own unchanged
+        template for one database gives way to the one for several, when there are
+        several.
 
         :raises FlaskAlembicError: If a folder or the file cannot be made.
         """
         settings = self._get_cache().settings
+        template, generic = settings.template, _stock_template("generic")
         several = len(self._configured_names()) > 1
-        source = _stock_template("multidb" if several else "generic")
-        template = settings.template
+        source = _stock_template("multidb") if several else generic
 
         try:
             for folder in (settings.script_location, *settings.locations):
                 os.makedirs(folder, exist_ok=True)
 
             if not os.path.isfile(template) or (
-                several and _same_content(template, _stock_template("generic"))
+                several and _same_content(template, generic)
             ):
                 import shutil
 
@@ -417,8 +401,8 @@ class Alembic:
     def rev_id(self) -> str:
         """Make the id of a new revision: the time in UTC seconds.
 
-        Override or assign it for ids of another kind. An id that is taken is never used:
-        digits are counted up, others are asked for again.
+        Override or assign it for ids of another kind. An id that is taken is never
+        used: digits are counted up, others are asked for again.
         """
         return str(int(time.time()))
 
@@ -437,9 +421,7 @@ class Alembic:
         database: DatabaseNames = None,
         x: XArguments = None,
     ) -> list[Script]:
-        """Write a new revision file, filled by autogenerate.
-
-        The databases are read, never written.
+        """Write a new revision file, filled by autogenerate. Databases are only read.
 
         :param message: First line of the file and part of its name.
         :param empty: Write an empty revision, without looking at a database.
@@ -450,35 +432,23 @@ class Alembic:
         :param label: Further branch labels for it.
         :param path: Version location to write to: a folder, or the name of a branch.
         :param rev_id: Its id; see :meth:`rev_id`.
-        :param database: Databases to compare; all when left out.
         :param x: Arguments for ``context.get_x_argument()``.
         :return: The new revisions; none when autogenerate finds nothing.
         :raises CommandError: If the request does not fit the history, or a database is
             not at its heads.
-        :raises FlaskAlembicError: If no models were imported, or the template is missing
-            or made for another number of databases.
+        :raises FlaskAlembicError: If no models were imported, or the template is
+            missing or made for another number of databases.
         """
         script = self.script_directory
         self._check_template()
-        place = _place(self._get_cache().settings, script, branch, parent, label, path)
         arguments = {
             "message": message,
             "autogenerate": not empty,
-            "sql": False,
             "splice": splice,
-            "rev_id": self._free_id(script, rev_id),
-            "depends_on": _identifiers(depend) if depend is not None else None,
-            **place,
+            "depends_on": None if depend is None else _identifiers(depend),
+            **_place(self._get_cache().settings, script, branch, parent, label, path),
         }
-
-        def work(scope: _Scope) -> list[Script]:
-            return _generate(self, scope, script, arguments)
-
-        if empty and not self._get_cache().settings.is_on("revision_environment"):
-            with self._open(None, x=x) as scope:
-                return work(scope)
-
-        return self._call(work, database, x=x)
+        return self._write(script, arguments, rev_id, database=database, x=x)
 
     def merge(
         self,
@@ -501,72 +471,51 @@ class Alembic:
         script = self.script_directory
         self._check_template()
         labels = {x for each in script.walk_revisions() for x in each.branch_labels}
-        wanted = [
-            f"{name}@head" if name in labels else name
-            for name in _as_list(_identifiers(revisions))
-        ]
-        found = [s for name in wanted for s in _scripts(script, name)]
-        unique = list({s.revision: s for s in found}.values())
+        names = _as_list(_identifiers(revisions))
+        wanted = [f"{name}@head" if name in labels else name for name in names]
+        found = [s.revision for name in wanted for s in _scripts(script, name)]
+        heads = list(dict.fromkeys(found))
 
-        if len(unique) < 2:
+        if len(heads) < 2:
             raise _command_error(
                 "A merge needs at least two revisions; there is only"
-                f" {', '.join(s.revision for s in unique) or 'none'}."
+                f" {', '.join(heads) or 'none'}."
             )
 
         arguments = {
-            "message": message if message is not None else "merge",
+            "message": "merge" if message is None else message,
             "autogenerate": False,
-            "sql": False,
-            "head": [s.revision for s in unique],
+            "head": heads,
             "splice": splice,
             "branch_label": _as_list(label) or None,
             "version_path": None,
-            "rev_id": self._free_id(script, rev_id),
             "depends_on": None,
         }
-
-        with self._open(None) as scope:
-            return _generate(self, scope, script, arguments)[0]
+        return self._write(script, arguments, rev_id)[0]
 
     def upgrade(
         self, target: RevisionTarget = "heads", **options: t.Unpack[RunOptions]
     ) -> list[Script]:
         """Run the revisions that lead up to ``target``. See :meth:`run_migrations`.
 
-        :param target: Revision to reach; an int, or digits that are no id, counts steps.
-        :param options: See :class:`RunOptions`.
+        :param target: Revision to reach; an int, or digits that are no id, counts
+            steps.
         :return: The revisions that ran, in order.
         :raises CommandError: If the target, or an id in a database, is unknown.
         :raises MigrationLockTimeout: If another process holds the lock for too long.
         """
-
-        def work(scope: _Scope) -> list[Script]:
-            if target == "heads" and self._is_current(scope):
-                return []
-
-            self.run_migrations(_Steps(self, "upgrade", target))
-            return list(scope.ran.values())
-
-        return self._call(work, **options)
+        return self._migrate(_Steps(self, "upgrade", target), **options)
 
     def downgrade(
         self, target: RevisionTarget = -1, **options: t.Unpack[RunOptions]
     ) -> list[Script]:
-        """Run the downgrades that lead down to ``target``. See :meth:`run_migrations`.
+        """Run the downgrades that lead down to ``target``. Raises as :meth:`upgrade`.
 
-        :param target: Revision to go back to; an int, of either sign, counts steps down.
-        :param options: See :class:`RunOptions`.
+        :param target: Revision to go back to; an int, of either sign, counts steps
+            down.
         :return: The revisions that were taken back, in order.
-        :raises CommandError: If the target, or an id in a database, is unknown.
-        :raises MigrationLockTimeout: If another process holds the lock for too long.
         """
-
-        def work(scope: _Scope) -> list[Script]:
-            self.run_migrations(_Steps(self, "downgrade", target))
-            return list(scope.ran.values())
-
-        return self._call(work, **options)
+        return self._migrate(_Steps(self, "downgrade", target), **options)
 
     def stamp(
         self,
@@ -577,12 +526,9 @@ class Alembic:
     ) -> tuple[Script, ...]:
         """Write ``target`` into the version tables without running a revision.
 
-        :param target: Revision or revisions.
+        :param target: Revision or revisions. Raises as :meth:`upgrade`.
         :param purge: Empty the version tables first, whatever they hold.
-        :param options: See :class:`RunOptions`.
         :return: The revisions that are current now.
-        :raises CommandError: If the target, or an id in a database, is unknown.
-        :raises MigrationLockTimeout: If another process holds the lock for too long.
         """
 
         def work(scope: _Scope) -> tuple[Script, ...]:
@@ -592,16 +538,8 @@ class Alembic:
         return self._call(work, **options)
 
     def ensure_version(self, database: DatabaseNames = None) -> None:
-        """Make the version tables that are missing.
-
-        :param database: Databases to look at; all when left out.
-        :raises MigrationLockTimeout: If another process holds the lock for too long.
-        """
-
-        def work(scope: _Scope) -> None:
-            self.run_migrations(_Steps(self, "ensure-version", ()))
-
-        self._call(work, database)
+        """Make the version tables that are missing. Raises as :meth:`upgrade`."""
+        self._migrate(_Steps(self, "ensure-version", ()), database=database)
 
     def run_migrations(self, fn: StepFunction, **kwargs: t.Any) -> None:
         """Run steps on the databases: the one way of every migration.
@@ -638,23 +576,18 @@ class Alembic:
         start: str = "base",
         **options: t.Unpack[RunOptions],
     ) -> dict[str, str]:
-        """Make the SQL script of an upgrade. No connection is made.
+        """Make the SQL script of an upgrade, by database name. No connection is made.
 
-        :param target: Revision to reach.
         :param start: Revision that the database has; ``current`` reads it there.
-        :param options: See :class:`RunOptions`.
-        :return: Script by database name.
         :raises CommandError: If the range is none, or a revision needs a connection.
         """
-        steps = _Steps(self, "upgrade", target, start=start)
-        return self._sql(steps, **options)
+        return self._sql(_Steps(self, "upgrade", target, start=start), **options)
 
     def downgrade_sql(
         self, target: RevisionTarget, start: str, **options: t.Unpack[RunOptions]
     ) -> dict[str, str]:
         """Make the SQL script of a downgrade. See :meth:`upgrade_sql`."""
-        steps = _Steps(self, "downgrade", target, start=start)
-        return self._sql(steps, **options)
+        return self._sql(_Steps(self, "downgrade", target, start=start), **options)
 
     def stamp_sql(
         self,
@@ -674,10 +607,9 @@ class Alembic:
     def current(self, database: DatabaseNames = None) -> tuple[Script, ...]:
         """Get the revisions in the version tables.
 
-        :param database: Databases to read; all when left out.
         :raises CommandError: If a database has an id that no file has.
         """
-        return self._call(self._current, database)
+        return self._call(self._current, database=database)
 
     def heads(self, resolve_dependencies: bool = False) -> tuple[Script, ...]:
         """Get the revisions that no other follows.
@@ -697,11 +629,10 @@ class Alembic:
         found: dict[str, list[Script]] = {}
 
         for head in self.heads():
-            found.setdefault(", ".join(sorted(head.branch_labels)), []).append(head)
+            name = ", ".join(sorted(head.branch_labels)) or "default"
+            found.setdefault(name, []).append(head)
 
-        return {
-            name or "default": each for name, each in found.items() if len(each) > 1
-        }
+        return {name: heads for name, heads in found.items() if len(heads) > 1}
 
     def log(
         self, start: RevisionTarget = "base", end: RevisionTarget = "heads"
@@ -720,10 +651,7 @@ class Alembic:
         return list(script.walk_revisions(t.cast(str, lower), t.cast(str, upper)))
 
     def status(self, database: DatabaseNames = None) -> dict[str, DatabaseStatus]:
-        """Tell where each database stands. Nothing is written, no table is made.
-
-        :param database: Databases to read; all when left out.
-        """
+        """Tell where each database stands. Nothing is written, no table is made."""
 
         def work(scope: _Scope) -> dict[str, DatabaseStatus]:
             script = self.script_directory
@@ -733,42 +661,34 @@ class Alembic:
             for name, rows in self._rows(scope).items():
                 unknown = _unknown(script, rows)
                 known = tuple(each for each in rows if each not in unknown)
+                current = tuple(script.get_revisions(known))
                 steps = [] if unknown else _upgrade_steps(script, "heads", rows)
-                result[name] = DatabaseStatus(
-                    current=tuple(script.get_revisions(known)),
-                    heads=heads,
-                    pending=tuple(step.revision for step in steps),
-                    unknown=unknown,
-                )
+                pending = tuple(step.revision for step in steps)
+                result[name] = DatabaseStatus(current, heads, pending, unknown)
 
             return result
 
-        return self._call(work, database)
+        return self._call(work, database=database)
 
     def needs_upgrade(self, database: DatabaseNames = None) -> bool:
         """Tell whether :meth:`upgrade` would run anything.
 
-        :param database: Databases to read; all when left out.
         :raises CommandError: If a database has an id that no file has.
         """
+        steps = _Steps(self, "upgrade", "heads")
 
         def work(scope: _Scope) -> bool:
-            if self._is_current(scope):
-                return False
+            is_current = self._is_current(scope, steps)
+            return not is_current and any(_pending(self, scope, steps).values())
 
-            return any(_pending(self, scope, _Steps(self, "upgrade", "heads")).values())
-
-        return self._call(work, database)
+        return self._call(work, database=database)
 
     def needs_revision(self, database: DatabaseNames = None) -> bool:
         """Tell whether models and database differ, as :meth:`compare_metadata` does."""
         return bool(self.compare_metadata(database))
 
     def compare_metadata(self, database: DatabaseNames = None) -> list[t.Any]:
-        """List the differences between models and databases, as Alembic's tuples.
-
-        :param database: Databases to compare; all when left out.
-        """
+        """List the differences between models and databases, as Alembic's tuples."""
         script = self.produce_migrations(database)
         return [diff for ops in script.upgrade_ops_list for diff in ops.as_diffs()]
 
@@ -776,21 +696,15 @@ class Alembic:
         """Make the operations that would bring the databases to the models.
 
         With several databases, the script's ``upgrade_ops_list`` has an entry for each.
-
-        :param database: Databases to compare; all when left out.
         """
-        return self._call(lambda scope: _produce(self), database)
+        return self._call(lambda scope: _produce(self), database=database)
 
     def upgrade_plan(
         self, target: RevisionTarget = "heads", **options: t.Unpack[RunOptions]
     ) -> dict[str, list[PlannedStep]]:
-        """Tell what :meth:`upgrade` would run, and what that would drop.
+        """Tell what :meth:`upgrade` would run and drop, in order, by database name.
 
         The revisions' functions are called with operations that record and do nothing.
-
-        :param target: Revision to reach.
-        :param options: See :class:`RunOptions`.
-        :return: Steps by database name, in the order in which they would run.
         """
         steps = _Steps(self, "upgrade", target)
         return self._call(lambda scope: _plan(self, scope, steps), **options)
@@ -805,7 +719,7 @@ class Alembic:
     # Private
 
     def _get_cache(self) -> _Cache:
-        """What is kept for the current application. Subclasses reach it by this name."""
+        """What is kept for the application. Subclasses reach it by this name."""
         app = current_app._get_current_object()  # type: ignore[attr-defined]  # noqa: SLF001
 
         if app not in self._caches:
@@ -823,83 +737,91 @@ class Alembic:
         """The innermost scope of this extension in this application context."""
         bases: dict[Alembic, _Scope] = g.setdefault("_flask_alembic", {})
         base = bases.setdefault(self, _Scope(None))
-
-        for scope in reversed(_scopes.get()):
-            if scope.base is base:
-                return scope
-
-        return base
+        return next((s for s in reversed(_scopes.get()) if s.base is base), base)
 
     def _close_context(self, error: BaseException | None = None) -> None:
         """Give back what the low-level objects hold, when the context ends."""
-        scope = g.pop("_flask_alembic", {}).get(self)
-
-        if scope is not None:
-            scope.close()
-
-    @contextlib.contextmanager
-    def _open(
-        self,
-        targets: dict[str, _Target] | None,
-        *,
-        tag: str | None = None,
-        x: XArguments = None,
-    ) -> cabc.Iterator[_Scope]:
-        """Open the scope of one method: what it opens is given back at its end."""
-        scope = _Scope(self._scope(), targets, tag, _x_list(x))
-        token = _scopes.set((*_scopes.get(), scope))
-
-        try:
-            yield scope
-        finally:
-            _scopes.reset(token)
+        if scope := g.get("_flask_alembic", {}).pop(self, None):
             scope.close()
 
     def _call(
         self,
         work: cabc.Callable[[_Scope], _R],
-        database: DatabaseNames = None,
-        tag: str | None = None,
-        x: XArguments = None,
-        *,
         connects: bool = True,
+        **options: t.Unpack[RunOptions],
     ) -> _R:
         """Do a method's work in a scope, in an event loop where a driver needs one."""
         targets = _find_targets(self.metadatas, self.engines)
         _check_version_tables(targets)
-        chosen = _select(targets, database)
+        chosen = _select(targets, options.get("database"))
+        tag, x = options.get("tag"), options.get("x")
 
         def inside() -> _R:
-            with self._open(chosen, tag=tag, x=x) as scope:
+            with _Scope(self._scope(), chosen, tag, x) as scope:
                 return work(scope)
 
-        if connects and any(target.is_async for target in chosen.values()):
-            return _in_loop(inside)
+        is_async = any(target.is_async for target in chosen.values())
+        return _in_loop(inside) if connects and is_async else inside()
 
-        return inside()
+    def _migrate(self, steps: _Steps, **options: t.Unpack[RunOptions]) -> list[Script]:
+        """Run steps, and tell which revisions ran."""
+
+        def work(scope: _Scope) -> list[Script]:
+            if not self._is_current(scope, steps):
+                self.run_migrations(steps)
+
+            return list(scope.ran.values())
+
+        return self._call(work, **options)
+
+    def _sql(self, steps: _Steps, **options: t.Unpack[RunOptions]) -> dict[str, str]:
+        live = steps.start == "current"
+
+        def work(scope: _Scope) -> dict[str, str]:
+            rows = self._rows(scope) if live else None
+            return _run_offline(self, scope, steps, rows)
+
+        return self._call(work, connects=live, **options)
+
+    def _write(
+        self,
+        script: ScriptDirectory,
+        arguments: dict[str, t.Any],
+        rev_id: str | None,
+        **options: t.Unpack[RunOptions],
+    ) -> list[Script]:
+        """Write revision files; databases are looked for only if one is needed."""
+        arguments |= {"sql": False, "rev_id": self._free_id(script, rev_id)}
+        settings = self._get_cache().settings
+
+        def work(scope: _Scope) -> list[Script]:
+            return _generate(self, scope, script, arguments)
+
+        if arguments["autogenerate"] or settings.is_on("revision_environment"):
+            return self._call(work, **options)
+
+        with _Scope(self._scope(), x=options.get("x")) as scope:
+            return work(scope)
+
+    def _new_environment(self, scope: _Scope) -> EnvironmentContext:
+        from alembic.runtime.environment import EnvironmentContext
+
+        return EnvironmentContext(_with_x(self.config, scope.x), self.script_directory)
 
     def _context(self, name: str) -> MigrationContext:
         """The migration context of one database, opened when there is none."""
-        from alembic.runtime.environment import EnvironmentContext
-
         scope = self._scope()
-        found = scope.find(name)
 
-        if found is None:
+        if name not in scope.contexts:
             names = scope.names(self)
-            is_primary = name == ("default" if "default" in names else names[0])
-            environment = (
-                self.environment_context
-                if is_primary
-                else EnvironmentContext(
-                    _with_x(self.config, scope.x), self.script_directory
-                )
-            )
+            is_main = name == ("default" if "default" in names else names[0])
+            env = self.environment_context if is_main else self._new_environment(scope)
             connection = scope.connect(self, name)
-            environment.configure(connection=connection, **_options(self, name))
-            found = scope.contexts[name] = environment.get_context()
+            options = _options(self, name, connection)
+            env.configure(connection=connection, **options)
+            scope.contexts[name] = env.get_context()
 
-        return found
+        return scope.contexts[name]
 
     def _rows(self, scope: _Scope) -> dict[str, _Heads]:
         """The ids in each database's version table."""
@@ -921,56 +843,38 @@ class Alembic:
 
         return tuple(found.values())
 
-    def _is_current(self, scope: _Scope) -> bool:
+    def _is_current(self, scope: _Scope, steps: _Steps) -> bool:
         """Whether there is surely nothing to run, found without importing Alembic."""
-        overridable: tuple[str, ...] = (
-            "config",
-            "script_directory",
-            "environment_context",
-        )
-        overridable += ("migration_contexts", "run_migrations")
         settings = self._get_cache().settings
+        names = ["config", "script_directory", "environment_context"]
+        names += ["migration_contexts", "run_migrations"]
 
-        if any(
-            getattr(type(self), x) is not getattr(Alembic, x) for x in overridable
-        ) or (
-            settings.is_on("sourceless")
+        if (
+            (steps.kind, steps.target) != ("upgrade", "heads")
+            or any(getattr(type(self), x) is not getattr(Alembic, x) for x in names)
+            or settings.is_on("sourceless")
             or settings.is_on("recursive_version_locations")
         ):
             return False
 
-        heads = _quick_heads(settings.locations)
+        heads = sorted(_quick_heads(settings.locations) or ())
         return bool(heads) and all(
-            _version_rows(scope.connect(self, name), _own_options(name))
-            == sorted(heads or ())
+            _version_rows(scope.connect(self, name), _own_options(name)) == heads
             for name in scope.names(self)
-        )
-
-    def _sql(self, steps: _Steps, **options: t.Unpack[RunOptions]) -> dict[str, str]:
-        live = steps.start == "current"
-        return self._call(
-            lambda scope: _run_offline(
-                self, scope, steps, self._rows(scope) if live else None
-            ),
-            connects=live,
-            **options,
         )
 
     def _check_template(self) -> None:
         """Refuse a template that would write a file without its operations."""
         template = self._get_cache().settings.template
+        names = self._configured_names()
 
         if not os.path.isfile(template):
             raise FlaskAlembicError(f"'{template}' is missing: run 'flask db mkdir'.")
 
-        names = self._configured_names()
-
         if len(names) < 2:
             return
 
-        bad = sorted(name for name in names if not name.isidentifier())
-
-        if bad:
+        if bad := [name for name in names if not name.isidentifier()]:
             raise FlaskAlembicError(
                 f"Names of several databases become names of functions; {_quoted(bad)}"
                 " cannot. Rename the keys of 'metadatas'."
@@ -987,10 +891,10 @@ class Alembic:
         """An id that no revision has."""
         taken = {each.revision for each in script.walk_revisions()}
 
-        if wanted is not None:
-            if wanted in taken:
-                raise _command_error(f"There is a revision '{wanted}' already.")
+        if wanted in taken:
+            raise _command_error(f"There is a revision '{wanted}' already.")
 
+        if wanted is not None:
             return wanted
 
         for _ in range(100):
@@ -1006,9 +910,9 @@ class Alembic:
 
 
 # -- State -----------------------------------------------------------------------------
-# Three lifetimes: the extension keeps what its constructor was given, a cache keeps what
-# belongs to an application, a scope keeps what is open: for a method until it returns,
-# for the low-level objects until the application context ends.
+# Three lifetimes: the extension keeps what its constructor was given, a cache keeps
+# what belongs to an application, a scope keeps what is open: for a method until it
+# returns, for the low-level objects until the application context ends.
 
 
 class _Cache:
@@ -1023,17 +927,15 @@ class _Cache:
 
     @property
     def settings(self) -> _Settings:
-        if self._settings is None:
-            self._settings = _read_settings(current_app)
-
+        self._settings = self._settings or _read_settings(current_app)
         return self._settings
 
     def clear(self) -> None:
         """Forget all, and give back what this application context holds open."""
         self.config = self._settings = self._scripts = None
-        scope: _Scope | None = self._extension._scope()  # noqa: SLF001
+        scope: _Scope | None = self._extension._scope()
 
-        while scope is not None:
+        while scope:
             scope.close()
             scope = scope.outer
 
@@ -1059,69 +961,67 @@ class _Scope:
         outer: _Scope | None,
         targets: dict[str, _Target] | None = None,
         tag: str | None = None,
-        x: list[str] | None = None,
+        x: XArguments = None,
     ) -> None:
         self.outer = outer
         self.base: _Scope = outer.base if outer else self
         self.tag = tag
-        self.x = x
+        self.x = _x_list(x)
         self.environment: EnvironmentContext | None = None
-        self.contexts: dict[str, MigrationContext] = {}
-        self.ops: dict[str, Operations] = {}
+        # Only the innermost scope opens anything, so a copy knows all that is open.
+        self.contexts: dict[str, MigrationContext] = {**outer.contexts} if outer else {}
+        self.ops: dict[MigrationContext, Operations] = {}
         #: The revisions that the last run completed, by id.
         self.ran: dict[str, Script] = {}
         self._targets = targets
-        self._connections: dict[str, sa.Connection] = {}
+        self.connections: dict[str, sa.Connection] = (
+            {**outer.connections} if outer else {}
+        )
         self._open = contextlib.ExitStack()
+
+    def __enter__(self) -> _Scope:
+        self._token = _scopes.set((*_scopes.get(), self))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _scopes.reset(self._token)
+        self.close()
 
     def targets(self, extension: Alembic) -> dict[str, _Target]:
         """The databases of this scope: those that were asked for, or all."""
         if self._targets is None:
-            if self.outer is not None:
-                return self.outer.targets(extension)
-
-            self._targets = _find_targets(extension.metadatas, extension.engines)
+            self._targets = (
+                self.outer.targets(extension)
+                if self.outer
+                else _find_targets(extension.metadatas, extension.engines)
+            )
 
         return self._targets
 
     def names(self, extension: Alembic) -> list[str]:
         return list(self.targets(extension))
 
-    def find(self, name: str) -> MigrationContext | None:
-        """The open migration context of a database, here or further out."""
-        if name in self.contexts or self.outer is None:
-            return self.contexts.get(name)
-
-        return self.outer.find(name)
-
     def connect(self, extension: Alembic, name: str) -> sa.Connection:
-        """The connection to a database, opened when there is none, here or further out."""
-        scope: _Scope | None = self
+        """The connection to a database, opened when there is none."""
+        if name not in self.connections:
+            target = self.targets(extension)[name]
 
-        while scope is not None:
-            if name in scope._connections:
-                return scope._connections[name]
+            if target.is_async and not self.outer:
+                raise FlaskAlembicError(
+                    f"Database '{name}' has an async engine: use the low-level objects"
+                    " inside of 'alembic.run_sync(fn)'."
+                )
 
-            scope = scope.outer
+            self.connections[name] = self._open.enter_context(_connect(target))
 
-        target = self.targets(extension)[name]
-
-        if target.is_async and self.outer is None:
-            raise FlaskAlembicError(
-                f"Database '{name}' has an async engine: use the low-level objects inside"
-                " of 'alembic.run_sync(fn)'."
-            )
-
-        connection = self._open.enter_context(_connect(target))
-        self._connections[name] = connection
-        return connection
+        return self.connections[name]
 
     def close(self) -> None:
-        """Give every connection back to its pool."""
+        """Give every connection that was opened here back to its pool."""
         self.environment = None
         self.contexts.clear()
         self.ops.clear()
-        self._connections.clear()
+        self.connections.clear()
         self._open.close()
 
 
@@ -1162,7 +1062,6 @@ class _Settings(t.NamedTuple):
         return self.sections[""].get(key) == "true"
 
 
-_PLACES: t.Final = ("script_location", "version_locations")
 _OWN_DEFAULTS: t.Final[dict[str, t.Any]] = {
     "migration_lock": True,
     "migration_lock_timeout": 300,
@@ -1170,13 +1069,7 @@ _OWN_DEFAULTS: t.Final[dict[str, t.Any]] = {
     "statement_timeout": None,
     "exclude_tables": [],
 }
-_SEPARATORS: t.Final = {
-    "space": " ",
-    "newline": "\n",
-    "os": os.pathsep,
-    ":": ":",
-    ";": ";",
-}
+_JOINTS: t.Final = {"space": " ", "newline": "\n", "os": os.pathsep, ":": ":", ";": ";"}
 
 
 def _bad_value(key: str, value: t.Any, expected: str) -> FlaskAlembicError:
@@ -1187,15 +1080,13 @@ def _config_dict(app: Flask, name: str) -> dict[str, t.Any]:
     """One of our dicts in the application's configuration, made when missing."""
     options = app.config.setdefault(name, {})
 
-    if not isinstance(options, dict) or not all(
-        isinstance(key, str) for key in options
-    ):
-        raise FlaskAlembicError(
-            f"The configuration value '{name}' must be a dict with names as keys, not"
-            f" {options!r}."
-        )
+    if isinstance(options, dict) and all(isinstance(key, str) for key in options):
+        return options
 
-    return options
+    raise FlaskAlembicError(
+        f"The configuration value '{name}' must be a dict with names as keys, not"
+        f" {options!r}."
+    )
 
 
 def _read_settings(app: Flask) -> _Settings:
@@ -1206,9 +1097,9 @@ def _read_settings(app: Flask) -> _Settings:
 
     for key in ("migration_lock_timeout", "lock_timeout", "statement_timeout"):
         value = own[key]
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        good = isinstance(value, int | float | None) and not isinstance(value, bool)
 
-        if value is not None and not (number and 0 <= value < 10**9):
+        if not good or not 0 <= (value or 0) < 10**9:
             raise _bad_value(key, value, "a number of seconds, or None")
 
     if not isinstance(own["migration_lock"], bool):
@@ -1216,167 +1107,147 @@ def _read_settings(app: Flask) -> _Settings:
 
     globs = own["exclude_tables"]
 
-    if not isinstance(globs, (list, tuple)) or not all(
-        isinstance(x, str) for x in globs
+    if not isinstance(globs, list | tuple) or any(
+        not isinstance(x, str) for x in globs
     ):
         raise _bad_value("exclude_tables", globs, "a list of globs")
 
     separator = options.get("path_separator", "os")
 
-    if separator not in _SEPARATORS:
-        raise _bad_value("path_separator", separator, f"one of {_quoted(_SEPARATORS)}")
+    if separator not in [*_JOINTS]:
+        raise _bad_value("path_separator", separator, f"one of {_quoted(_JOINTS)}")
 
-    script_location, version_locations = (options.pop(key, None) for key in _PLACES)
+    joint = _JOINTS[separator]
+    location = options.pop("script_location", None)
+    further = options.pop("version_locations", None)
     root = os.path.abspath(app.root_path)
-    home = _folder(root, script_location or "migrations", "script_location")
-    # Flask-Migrate's folder is where its commands ran: beside an application's package.
-    beside = os.path.join(os.path.dirname(root), "migrations")
+    home = _folder(root, location or "migrations", "script_location")
 
-    if script_location in (None, "migrations") and not os.path.isdir(home):
+    if location in (None, "migrations") and not os.path.isdir(home):
+        # Flask-Migrate's folder is where its commands ran: beside the package.
+        beside = os.path.join(os.path.dirname(root), "migrations")
+
         if os.path.isfile(os.path.join(beside, "env.py")) and _is_nested(beside):
             home = beside
 
-    branches = _version_locations(root, home, version_locations, _SEPARATORS[separator])
-    folders = [path for _, path in branches]
+    branches = _version_locations(root, home, further, joint)
+    folders = dict.fromkeys(path for _, path in branches)
 
-    if any(_SEPARATORS[separator] in path for path in folders):
+    if any(joint in path for path in folders):
         raise FlaskAlembicError(
             f"A folder of {_quoted(folders)} contains the separator of paths: set"
             " ALEMBIC['path_separator'] to another one, such as 'newline'."
         )
 
     # These two are literal paths: a percent sign in them stands for itself.
-    main = {
-        "script_location": home.replace("%", "%%"),
-        "version_locations": _SEPARATORS[separator]
-        .join(dict.fromkeys(folders))
-        .replace("%", "%%"),
-    }
+    places = {"script_location": home, "version_locations": joint.join(folders)}
+    main = {key: value.replace("%", "%%") for key, value in places.items()}
     sections = {"": main}
-    known = {*options, *main, "here"}
+    known = "|".join(map(re.escape, {*options, *main, "here"}))
+    # A doubled sign, or one that does not begin a reference to another key.
+    sign = re.compile(rf"%(?:%|(?!\((?:{known})\)s))")
 
     for key, value in options.items():
         if isinstance(value, dict):
             sections[key] = {
-                f"{name}": _cast(f"{key}']['{name}", each, known, ", ")
+                f"{name}": _cast(f"{key}']['{name}", each, sign, ", ")
                 for name, each in value.items()
                 if each is not None
             }
         elif value is not None:
-            joint = _SEPARATORS[separator] if key == "prepend_sys_path" else ", "
-            main[key] = _cast(key, value, known, joint)
+            is_path = key == "prepend_sys_path"
+            main[key] = _cast(key, value, sign, joint if is_path else ", ")
 
     own["exclude_tables"] = tuple(globs)
     return _Settings(home, branches, root, sections, **own)
 
 
 def _refuse_misspelt(options: cabc.Iterable[str]) -> None:
-    """Refuse a key that is nearly one of ours: it would be passed on, and do nothing."""
+    """Refuse a key that is nearly one of ours: passed on, it would do nothing."""
     for key in options:
-        if "lock" in key or "timeout" in key or "exclude" in key:
+        if re.search("lock|timeout|exclude", key):
             import difflib
 
-            near = difflib.get_close_matches(key, _OWN_DEFAULTS, 1, 0.75)
-
-            if near:
+            for near in difflib.get_close_matches(key, _OWN_DEFAULTS, 1, 0.75):
                 raise FlaskAlembicError(
-                    f"ALEMBIC has an unknown key '{key}': did you mean '{near[0]}'?"
+                    f"ALEMBIC has an unknown key '{key}': did you mean '{near}'?"
                 )
 
 
-def _cast(key: str, value: t.Any, known: cabc.Container[str], joint: str) -> str:
-    """A value as ConfigParser takes it: a string whose percent signs are doubled.
-
-    A sign that is doubled already stays, and so does a reference to another key.
-    """
-    import re
-
+def _cast(key: str, value: t.Any, sign: re.Pattern[str], joint: str) -> str:
+    """A value as ConfigParser takes it: a string whose percent signs are doubled."""
     if isinstance(value, bool):
-        return "true" if value else "false"
+        return str(value).lower()
 
-    if isinstance(value, (list, tuple)):
-        return joint.join(_cast(key, each, known, joint) for each in value)
+    if isinstance(value, list | tuple):
+        return joint.join(_cast(key, each, sign, joint) for each in value)
 
     if not isinstance(value, (str, int, os.PathLike)):
         raise _bad_value(key, value, "a str, int, bool, Path or list of them")
 
-    def double(match: re.Match[str]) -> str:
-        return match[0] if match[1] in known else "%%" + match[0].lstrip("%")
-
-    text = str(os.fspath(value) if isinstance(value, os.PathLike) else value)
-    return re.sub(r"%%|%\((\w+)\)s|%", double, text)
+    return sign.sub("%%", str(value if isinstance(value, int) else os.fspath(value)))
 
 
 def _folder(root: str, value: t.Any, key: str) -> str:
     """The absolute path of a folder, given as a path or as ``package:folder``."""
-    if not isinstance(value, (str, os.PathLike)) or not os.fspath(value):
+    path = os.fspath(value) if isinstance(value, (str, os.PathLike)) else None
+
+    if not path or not isinstance(path, str):
         raise _bad_value(key, value, "a path")
-
-    path = os.fspath(value)
-
-    if not isinstance(path, str):
-        raise _bad_value(key, value, "a path of text")
 
     package, colon, rest = path.partition(":")
 
-    if colon and package.replace(".", "").isidentifier() and not os.path.isabs(path):
-        import importlib.util
+    if not colon or os.path.isabs(path) or not package.replace(".", "").isidentifier():
+        return os.path.normpath(os.path.join(root, path))
 
-        try:
-            spec = importlib.util.find_spec(package)
-        except ImportError:
-            spec = None
+    import importlib.util
 
-        if spec is None or not spec.submodule_search_locations:
-            raise _bad_value(key, value, f"a path; there is no package '{package}'")
+    try:
+        spec = importlib.util.find_spec(package)
+    except (ImportError, ValueError):
+        spec = None
 
-        return os.path.normpath(os.path.join(spec.submodule_search_locations[0], rest))
+    if spec is None or not spec.submodule_search_locations:
+        raise _bad_value(key, value, f"a path; there is no package '{package}'")
 
-    return os.path.normpath(os.path.join(root, path))
+    return os.path.normpath(os.path.join(spec.submodule_search_locations[0], rest))
 
 
 def _version_locations(
-    root: str, home: str, value: t.Any, separator: str
+    root: str, home: str, value: t.Any, joint: str
 ) -> tuple[tuple[str | None, str], ...]:
     """The version locations: the migrations folder, then those that are configured."""
     key = "version_locations"
 
     if isinstance(value, str):
-        value = [each.strip() for each in value.split(separator) if each.strip()]
+        value = [each.strip() for each in value.split(joint) if each.strip()]
 
-    if not isinstance(value, (list, tuple, type(None))):
+    if not isinstance(value, list | tuple | None):
         raise _bad_value(key, value, "a list of paths and (branch, path) pairs")
 
-    versions = os.path.join(home, "versions")
     # Flask-Migrate and Alembic keep revisions in 'versions', beside an 'env.py' that we
     # must not run; the predecessor keeps them in the folder itself.
-    found: list[tuple[str | None, str]] = [
-        (None, versions if _is_nested(home) else home)
-    ]
+    own = os.path.join(home, "versions") if _is_nested(home) else home
+    found: list[tuple[str | None, str]] = [(None, own)]
 
     for item in value or ():
-        branch: t.Any = None
+        pair = item if isinstance(item, list | tuple) else ("", item)
 
-        if isinstance(item, (list, tuple)):
-            if len(item) != 2 or not isinstance(item[0], str):
-                raise _bad_value(key, item, "a path or a (branch, path) pair")
+        if len(pair) != 2 or not isinstance(pair[0], str):
+            raise _bad_value(key, item, "a path or a (branch, path) pair")
 
-            branch, item = item
-
-        found.append((branch, _folder(root, item, key)))
+        found.append((pair[0] or None, _folder(root, pair[1], key)))
 
     return tuple(found)
 
 
 def _is_nested(home: str) -> bool:
-    """Whether the revisions are in ``versions``, as Alembic and Flask-Migrate lay out."""
+    """Whether the revisions are in ``versions``, as Alembic lays them out."""
     if not os.path.isdir(os.path.join(home, "versions")):
         return False
 
-    names = os.listdir(home)
-    return "env.py" in names or not any(
-        name.endswith(".py") and name != "__init__.py" for name in names
-    )
+    files = {name for name in os.listdir(home) if name.endswith(".py")}
+    return files <= {"__init__.py"} or "env.py" in files
 
 
 def _alembic_config(settings: _Settings, names: cabc.Sequence[str]) -> Config:
@@ -1398,14 +1269,13 @@ def _alembic_config(settings: _Settings, names: cabc.Sequence[str]) -> Config:
 
 def _with_x(config: Config, x: list[str] | None) -> Config:
     """The configuration with the arguments for ``context.get_x_argument()``."""
-    if not x:
-        return config
-
     import copy
     from argparse import Namespace
 
-    config = copy.copy(config)
-    config.cmd_opts = Namespace(x=x)
+    if x:
+        config = copy.copy(config)
+        config.cmd_opts = Namespace(x=x)
+
     return config
 
 
@@ -1424,19 +1294,20 @@ def _own_options(name: str) -> dict[str, t.Any]:
     return {**options, **own} if isinstance(own, dict) else options
 
 
-def _options(extension: Alembic, name: str) -> dict[str, t.Any]:
+def _options(
+    extension: Alembic, name: str, connection: sa.Connection | None = None
+) -> dict[str, t.Any]:
     """All ``configure`` options of one database, with our defaults and hooks."""
     import inspect
 
     from alembic.runtime.environment import EnvironmentContext
 
     targets = extension._scope().base.targets(extension)
-    target = targets[name]
     options = _own_options(name)
     parameters = inspect.signature(EnvironmentContext.configure).parameters
 
-    # The other databases' own options, and dicts that are meant for a database.
-    for key, value in list(options.items()):
+    # The other databases' own options: dicts that 'configure' does not know.
+    for key, value in [*options.items()]:
         if isinstance(value, dict) and key not in parameters:
             if key not in targets and key not in extension.engines:
                 raise FlaskAlembicError(
@@ -1446,28 +1317,25 @@ def _options(extension: Alembic, name: str) -> dict[str, t.Any]:
 
             del options[key]
 
-    if target.engine.dialect.name == "sqlite":
+    if targets[name].engine.dialect.name == "sqlite":
         # SQLite can alter little in place, and does roll DDL back when it is asked to.
-        options.setdefault("render_as_batch", True)
-        options.setdefault("transactional_ddl", True)
+        options = {"render_as_batch": True, "transactional_ddl": True, **options}
 
     if len(targets) > 1:
-        options.update(
-            zip(("upgrade_token", "downgrade_token"), _tokens(extension, name))
-        )
+        options["upgrade_token"], options["downgrade_token"] = _tokens(extension, name)
 
-    options.setdefault("target_metadata", target.metadata)
+    options.setdefault("target_metadata", targets[name].metadata)
     options["database_name"] = name
 
-    if "process_revision_directives" in options:
-        hook = options["process_revision_directives"]
-        options["process_revision_directives"] = hook and _keeping_scripts(hook)
+    if hook := options.get("process_revision_directives"):
+        options["process_revision_directives"] = _keeping_scripts(hook)
 
     return _autogenerate_hooks(
         options,
         exclude=extension._get_cache().settings.exclude_tables,
         version_table=options.get("version_table", "alembic_version"),
         version_table_schema=options.get("version_table_schema"),
+        connection=connection,
     )
 
 
@@ -1493,36 +1361,27 @@ class _Target(t.NamedTuple):
     @property
     def identity(self) -> tuple[str, ...]:
         """What tells this database from others, as far as the URL says."""
-        url = self.engine.url
-        kind = (
-            "mysql" if self.engine.dialect.name in _MYSQL else self.engine.dialect.name
-        )
+        url, kind = self.engine.url, self.engine.dialect.name
+        kind = "mysql" if kind in _MYSQL else kind
         path = url.database or ""
+        unique = (kind, str(id(self.engine)))
 
         if kind == "sqlite":
             path = path.removeprefix("file:").partition("?")[0]
+            in_memory = path in ("", ":memory:") or url.query.get("mode") == "memory"
+            return unique if in_memory else (kind, os.path.realpath(path))
 
-            if path in ("", ":memory:") or url.query.get("mode") == "memory":
-                return (kind, str(id(self.engine)))
-
-            return (kind, os.path.realpath(path))
-
-        where = {
-            key: str(url.query.get(key, "")) for key in ("host", "port", "options")
-        }
-        host = (url.host or where["host"]).lower()
+        keys = ("host", "port", "options")
+        host, port, options = (str(url.query.get(key, "")) for key in keys)
+        host = (url.host or host).lower()
 
         if not host and not path:
             # An engine with a 'creator': its URL tells nothing.
-            return (kind, str(id(self.engine)))
+            return unique
 
         host = "127.0.0.1" if host in ("localhost", "::1", "") else host
-        port = (
-            url.port
-            or where["port"]
-            or {"mysql": 3306, "postgresql": 5432}.get(kind, "")
-        )
-        return (kind, host, str(port), path, where["options"])
+        usual = {"mysql": 3306, "postgresql": 5432}.get(kind, "")
+        return (kind, host, str(url.port or port or usual), path, options)
 
 
 def _quoted(names: cabc.Iterable[str]) -> str:
@@ -1552,76 +1411,63 @@ def _find_targets(
     db = current_app.extensions.get("sqlalchemy")
 
     if not metadatas:
-        # Flask-SQLAlchemy has it; Flask-SQLAlchemy-Lite leaves models to the application.
+        # Flask-SQLAlchemy has it; Flask-SQLAlchemy-Lite leaves models to the
+        # application.
         metadata = getattr(db, "metadata", None)
 
         if not isinstance(metadata, sa.MetaData):
             raise FlaskAlembicError(
-                "No metadata found: unless Flask-SQLAlchemy has it, pass 'metadatas' when"
-                " making the 'Alembic' extension."
+                "No metadata found: unless Flask-SQLAlchemy has it, pass 'metadatas'"
+                " when making the 'Alembic' extension."
             )
 
         metadatas = {"default": metadata}
 
-    found: dict[str, EngineOption] = dict(engines)
+    found: dict[str, t.Any] = dict(engines)
 
-    if not found.keys() >= metadatas.keys() and db is not None:
-        found = {**_detect_engines(db), **found}
+    if not found.keys() >= metadatas.keys():
+        # A sync engine goes before an async one.
+        for attribute in ("engines", "async_engines"):
+            for name, engine in (getattr(db, attribute, None) or {}).items():
+                found.setdefault("default" if name is None else name, engine)
 
     if not found:
         raise FlaskAlembicError(
-            "No engine found: use Flask-SQLAlchemy or Flask-SQLAlchemy-Lite with engines"
-            " configured, or pass 'engines' when making the 'Alembic' extension."
+            "No engine found: use Flask-SQLAlchemy or Flask-SQLAlchemy-Lite with"
+            " engines configured, or pass 'engines' when making the 'Alembic'"
+            " extension."
         )
 
-    missing = metadatas.keys() - found.keys()
-
-    if missing:
+    if missing := metadatas.keys() - found.keys():
         raise FlaskAlembicError(
-            f"Missing engine config{'s' * (len(missing) > 1)} for {_quoted(missing)}: each"
-            " key of 'metadatas' needs an engine, in 'engines' or in the configuration of"
-            " Flask-SQLAlchemy(-Lite)."
+            f"Missing engine config{'s' * (len(missing) > 1)} for {_quoted(missing)}:"
+            " each key of 'metadatas' needs an engine, in 'engines' or in the"
+            " configuration of Flask-SQLAlchemy(-Lite)."
         )
 
     return {
-        name: _Target(name, _sync_engine(found[name]), _as_list(each))
-        for name, each in metadatas.items()
+        name: _Target(
+            name, getattr(found[name], "sync_engine", found[name]), _as_list(metadata)
+        )
+        for name, metadata in metadatas.items()
     }
-
-
-def _sync_engine(engine: t.Any) -> sa.Engine:
-    return t.cast(sa.Engine, getattr(engine, "sync_engine", engine))
-
-
-def _detect_engines(db: t.Any) -> dict[str, EngineOption]:
-    """The engines of Flask-SQLAlchemy or -Lite; a sync one goes before an async one."""
-    found: dict[str, EngineOption] = {}
-
-    for attribute in ("async_engines", "engines"):
-        for name, engine in (getattr(db, attribute, None) or {}).items():
-            found["default" if name is None else name] = engine
-
-    return found
 
 
 def _check_version_tables(targets: dict[str, _Target]) -> None:
     """Refuse two databases that are one: each would overwrite the other's version."""
     seen: dict[tuple[t.Any, ...], str] = {}
 
-    for name, target in targets.items() if len(targets) > 1 else ():
-        options = _own_options(name)
-        schema = options.get("version_table_schema")
-
-        if schema is None and target.identity[0] == "postgresql":
-            schema = "public"
-
+    for name, target in targets.items():
+        options, identity = _own_options(name), target.identity
+        usual = "public" if identity[0] == "postgresql" else None
+        schema = options.get("version_table_schema") or usual
         table = options.get("version_table", "alembic_version")
-        other = seen.setdefault((target.identity, schema, table), name)
+        other = seen.setdefault((identity, schema, table), name)
 
         if other != name:
             raise FlaskAlembicError(
-                f"The databases '{other}' and '{name}' are the same, with the same version"
-                f" table '{table}': give one of them its own 'version_table' or"
+                f"The databases '{other}' and '{name}' are the same, with the same"
+                f" version table '{table}': give one of them its own 'version_table' or"
                 " 'version_table_schema' in ALEMBIC_CONTEXT."
             )
 
@@ -1632,11 +1478,11 @@ def _select(targets: dict[str, _Target], names: DatabaseNames) -> dict[str, _Tar
         return targets
 
     wanted = [names] if isinstance(names, str) else list(names)
-    unknown = [name for name in wanted if name not in targets]
+    unknown = [str(name) for name in wanted if name not in targets]
 
     if unknown or not wanted:
         raise _command_error(
-            f"There is no database {_quoted(map(str, unknown)) or 'asked for'}; there are"
+            f"There is no database {_quoted(unknown) or 'asked for'}; there are"
             f" {_quoted(targets)}."
         )
 
@@ -1647,19 +1493,16 @@ def _primary(names: cabc.Iterable[str]) -> str:
     """The database that is meant where one answer is asked for."""
     names = list(names)
 
-    if "default" in names or len(names) != 1:
-        if "default" not in names:
-            raise FlaskAlembicError(
-                f"Several databases, none named 'default': name one of {_quoted(names)}."
-            )
+    if "default" in names or len(names) == 1:
+        return "default" if "default" in names else names[0]
 
-        return "default"
-
-    return names[0]
+    raise FlaskAlembicError(
+        f"Several databases, none named 'default': name one of {_quoted(names)}."
+    )
 
 
 # -- Environment -----------------------------------------------------------------------
-# Every migration goes through _Run, one for each database: live, async or only a dialect.
+# Every migration goes through _Run, one for each database: live, async, only a dialect.
 # Alembic's private names are touched in this room only.
 
 #: Alembic's ``op`` and ``context`` are global to the process, so runs take turns.
@@ -1671,58 +1514,44 @@ _looping: t.Final[ContextVar[bool]] = ContextVar("flask_alembic_looping", defaul
 @contextlib.contextmanager
 def _connect(target: _Target) -> cabc.Iterator[sa.Connection]:
     """A connection, given back to its pool in the end."""
-    pool = target.engine.pool
-    shared = isinstance(pool, (sa.StaticPool, sa.SingletonThreadPool))
-    own_pool: sa.Pool | None = None
+    engine, pool = target.engine, target.engine.pool
 
-    try:
-        if isinstance(pool, sa.StaticPool):
-            # Giving it back rolls back what the application has open on it, so look first.
-            record: t.Any = pool.connection
-            _refuse_transaction(target.name, record.driver_connection)
+    with contextlib.ExitStack() as stack:
+        try:
+            if isinstance(pool, sa.StaticPool):
+                # Giving it back rolls back what the application has open: look first.
+                record: t.Any = pool.connection
+                _refuse_transaction(target.name, record.driver_connection)
 
-        if target.is_async and not shared:
-            # A connection belongs to its event loop: the application's pool must never
-            # hold one of ours.
-            own_pool = pool.recreate()
-            connection = sa.Connection(target.engine, own_pool.connect())
-        else:
-            connection = target.engine.connect()
+            if target.is_async and not isinstance(
+                pool, (sa.StaticPool, sa.SingletonThreadPool)
+            ):
+                # A connection belongs to its event loop: the application's pool must
+                # never hold one of ours.
+                pool = pool.recreate()
+                stack.callback(pool.dispose)
+                connection = sa.Connection(engine, pool.connect())
+            else:
+                connection = engine.connect()
+
+            stack.callback(connection.close)
 
             if isinstance(pool, sa.SingletonThreadPool):
                 # The same connection as the application's, in this thread.
-                with _closed_on_error(connection):
-                    fairy = connection.connection
-                    _refuse_transaction(target.name, fairy.driver_connection)
-    except FlaskAlembicError:
-        raise
-    except Exception as error:
-        error.__dict__[_ORIGIN] = "connect"
-        cause = (
-            str(getattr(error, "orig", None) or error).strip() or type(error).__name__
-        )
-        cause = " ".join(cause.split())
-        error.add_note(
-            f"Cannot connect to database '{target.name}' ({target.url}): {cause}"
-        )
-        raise
+                driver = connection.connection.driver_connection
+                _refuse_transaction(target.name, driver)
+        except FlaskAlembicError:
+            raise
+        except Exception as error:
+            error.__dict__[_ORIGIN] = "connect"
+            cause = " ".join(str(getattr(error, "orig", None) or error).split())
+            error.add_note(
+                f"Cannot connect to database '{target.name}' ({target.url}):"
+                f" {cause or type(error).__name__}"
+            )
+            raise
 
-    try:
         yield connection
-    finally:
-        connection.close()
-
-        if own_pool is not None:
-            own_pool.dispose()
-
-
-@contextlib.contextmanager
-def _closed_on_error(connection: sa.Connection) -> cabc.Iterator[None]:
-    try:
-        yield
-    except BaseException:
-        connection.close()
-        raise
 
 
 def _refuse_transaction(name: str, driver_connection: t.Any) -> None:
@@ -1755,61 +1584,46 @@ def _left_as_found(connection: sa.Connection | None) -> cabc.Iterator[None]:
 
 def _in_loop(fn: cabc.Callable[[], _R]) -> _R:
     """Call a synchronous function where an async driver can be awaited."""
+    import asyncio
+
     if _looping.get():
         return fn()
 
-    import asyncio
-    import importlib.util
+    # The public function raises, which would be the context of every error in 'fn'.
+    if asyncio._get_running_loop() is None:  # noqa: SLF001
+        return _in_new_loop(fn)
 
-    if importlib.util.find_spec("greenlet") is None:
-        raise FlaskAlembicError(
-            "An async engine needs greenlet: run \"pip install 'sqlalchemy[asyncio]'\"."
-        )
-
-    from sqlalchemy.util import greenlet_spawn
-
-    async def spawn() -> _R:
-        _looping.set(True)
-        return await greenlet_spawn(fn)
-
-    def run() -> _R:
-        loop = asyncio.new_event_loop()
-        task = loop.create_task(spawn())
-
-        try:
-            with _interrupting(loop, task):
-                return loop.run_until_complete(task)
-        finally:
-            loop.run_until_complete(loop.shutdown_asyncgens())
-            loop.close()
-
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return run()
-
-    # The caller's loop is busy with the caller: work in a thread that has a loop of its own.
-    import contextvars
+    # That loop is busy with the caller: work in a thread that has a loop of its own.
     from concurrent.futures import ThreadPoolExecutor
+    from contextvars import copy_context
 
     with ThreadPoolExecutor(1) as executor:
-        return executor.submit(contextvars.copy_context().run, run).result()
+        return executor.submit(copy_context().run, _in_new_loop, fn).result()
 
 
-@contextlib.contextmanager
-def _interrupting(loop: t.Any, task: t.Any) -> cabc.Iterator[None]:
-    """Bring Ctrl-C to a task: at once in a revision's own code, else where it awaits.
+def _in_new_loop(fn: cabc.Callable[[], _R]) -> _R:
+    """Call it so; bring Ctrl-C at once to a revision's own code, else where it awaits.
 
-    ``asyncio.Runner`` keeps the first one from code that awaits nothing, and raising it in
-    the loop itself crashes asyncpg.
+    ``asyncio.Runner`` keeps the first one from code that awaits nothing, and raising it
+    in the loop itself crashes asyncpg.
     """
     import asyncio
     import signal
 
-    from greenlet import getcurrent
+    from sqlalchemy.util import greenlet_spawn
 
-    root = getcurrent()
-    count = 0
+    try:
+        from greenlet import getcurrent  # type: ignore[import-untyped]
+    except ImportError as error:
+        raise FlaskAlembicError(
+            "An async engine needs greenlet: run \"pip install 'sqlalchemy[asyncio]'\"."
+        ) from error
+
+    root, count = getcurrent(), 0
+
+    async def spawn() -> _R:
+        _looping.set(True)
+        return await greenlet_spawn(fn)
 
     def interrupt(*_: object) -> None:
         nonlocal count
@@ -1821,16 +1635,18 @@ def _interrupting(loop: t.Any, task: t.Any) -> cabc.Iterator[None]:
         task.cancel()
         loop.call_soon_threadsafe(lambda: None)  # wakes the loop up
 
+    loop = asyncio.new_event_loop()
+    task = loop.create_task(spawn())
     ours = (
         threading.current_thread() is threading.main_thread()
         and signal.getsignal(signal.SIGINT) is signal.default_int_handler
     )
 
-    if ours:
-        signal.signal(signal.SIGINT, interrupt)
-
     try:
-        yield
+        if ours:
+            signal.signal(signal.SIGINT, interrupt)
+
+        return loop.run_until_complete(task)
     except asyncio.CancelledError:
         if count:
             raise KeyboardInterrupt from None
@@ -1839,6 +1655,13 @@ def _interrupting(loop: t.Any, task: t.Any) -> cabc.Iterator[None]:
     finally:
         if ours:
             signal.signal(signal.SIGINT, signal.default_int_handler)
+
+        loop.run_until_complete(loop.shutdown_asyncgens())
+        loop.close()
+
+
+def _title(script: Script) -> str:
+    return f"Revision '{script.revision}' ('{script.path}')"
 
 
 def _script_signature(script: ScriptDirectory) -> t.Any:
@@ -1851,76 +1674,68 @@ def _script_signature(script: ScriptDirectory) -> t.Any:
 def _load_scripts(config: Config) -> tuple[ScriptDirectory, t.Any]:
     """Load the revision files, and refuse those that form no history."""
     from alembic.script import ScriptDirectory
-    from alembic.script.revision import RevisionError
-    from alembic.script.revision import RevisionMap
+    from alembic.script import revision
 
     home = config.get_main_option("script_location") or ""
 
     if ":" not in home and not os.path.isdir(home):
         what = "is not a folder" if os.path.exists(home) else "does not exist"
         raise FlaskAlembicError(
-            f"The migrations folder '{home}' {what}: set ALEMBIC['script_location'] or run"
-            " 'flask db mkdir'."
+            f"The migrations folder '{home}' {what}: set ALEMBIC['script_location'] or"
+            " run 'flask db mkdir'."
         )
 
     script = ScriptDirectory.from_config(config)
     # Alembic tells on stdout about each file that it writes; only commands print.
     script.messaging_opts = {"quiet": True}
     signature = _script_signature(script)
-    known: dict[str, Script] = {}
 
     try:
-        # Alembic only warns of a second file with the same id, and drops one of them.
-        for each in script._load_revisions():  # noqa: SLF001
-            other = known.setdefault(each.revision, each)
-
-            if other is not each:
-                raise FlaskAlembicError(
-                    f"Two files have the revision id '{each.revision}': '{other.path}' and"
-                    f" '{each.path}'."
-                )
-    except FlaskAlembicError:
-        raise
+        loaded = list(script._load_revisions())  # noqa: SLF001
     except Exception as error:
         raise FlaskAlembicError(
             f"The revision file '{_file_of(error)}' cannot be loaded:"
             f" {type(error).__name__}: {error}"
         ) from error
 
-    for each in known.values():
+    known = {each.revision: each for each in loaded}
+
+    for each in loaded:
+        other = known[each.revision]
+
+        # Alembic only warns, and drops one of them.
+        if other is not each:
+            raise FlaskAlembicError(
+                f"Two files have the revision id '{each.revision}': '{each.path}' and"
+                f" '{other.path}'."
+            )
+
         for parent in _as_list(each.down_revision):
             if parent not in known:
                 raise _command_error(
-                    f"Revision '{each.revision}' ('{each.path}') follows '{parent}', which"
-                    " no revision file has."
+                    f"{_title(each)} follows '{parent}', which no revision file has."
                 )
 
-    script.revision_map = RevisionMap(lambda: iter(known.values()))
+    script.revision_map = revision.RevisionMap(lambda: iter(loaded))
 
     try:
         script.get_heads()
-    except RevisionError as error:
+    except revision.RevisionError as error:
         raise _command_error(str(error)) from error
     except KeyError as error:
-        raise _command_error(
-            f"A dependency on {error} fits no revision file."
-        ) from error
+        message = f"A dependency on {error} fits no revision file."
+        raise _command_error(message) from error
 
     return script, signature
 
 
 def _file_of(error: BaseException) -> str:
     """The revision file that Alembic was loading when it failed."""
-    found = "?"
-    trace = error.__traceback__
+    from traceback import walk_tb
 
-    while trace is not None:
-        if trace.tb_frame.f_code.co_name == "_from_path":
-            found = str(trace.tb_frame.f_locals.get("path", found))
-
-        trace = trace.tb_next
-
-    return found
+    frames = [frame for frame, _ in walk_tb(error.__traceback__)]
+    paths = [f.f_locals.get("path") for f in frames if f.f_code.co_name == "_from_path"]
+    return str(paths[-1]) if paths else "?"
 
 
 def _identifiers(target: RevisionTarget) -> str | tuple[str, ...]:
@@ -1952,87 +1767,59 @@ def _explained_heads() -> cabc.Iterator[None]:
 def _several_heads(heads: cabc.Iterable[str]) -> Exception:
     names = sorted(heads)
     return _command_error(
-        f"There are several heads: {', '.join(names)}. Name one, take 'heads' for all, or"
-        f' merge them: flask db merge -m "merge heads" {" ".join(names)}'
+        f"There are several heads: {', '.join(names)}. Name one, take 'heads' for all,"
+        f' or merge them: flask db merge -m "merge heads" {" ".join(names)}'
     )
 
 
-def _upgrade_steps(
-    script: ScriptDirectory, target: t.Any, rows: _Heads
-) -> list[RevisionStep]:
-    # Alembic's commands use these three; no public function makes steps.
-    with _explained_heads():
-        return script._upgrade_revs(target, t.cast(str, rows))  # noqa: SLF001
+@_explained_heads()
+def _make_steps(
+    kind: str, script: ScriptDirectory, target: t.Any, rows: _Heads
+) -> list[t.Any]:
+    # Alembic's commands make theirs so; no public function does.
+    return list(getattr(script, f"_{kind}_revs")(target, rows))
 
 
-def _downgrade_steps(
-    script: ScriptDirectory, target: t.Any, rows: _Heads
-) -> list[RevisionStep]:
-    with _explained_heads():
-        return script._downgrade_revs(target, t.cast(str, rows))  # noqa: SLF001
-
-
-def _stamp_steps(
-    script: ScriptDirectory, target: t.Any, rows: _Heads
-) -> list[StampStep]:
-    with _explained_heads():
-        return script._stamp_revs(tuple(_as_list(target)), rows)  # noqa: SLF001
-
-
-def _has_version_table(context: MigrationContext) -> bool:
-    # Reading the heads does not tell an empty table from a missing one.
-    return context._has_version_table()  # noqa: SLF001
+_upgrade_steps: t.Final = functools.partial(_make_steps, "upgrade")
 
 
 def _scripts(script: ScriptDirectory, names: t.Any) -> list[Script]:
-    """The revisions of some names; Alembic's types do not tell that ``base`` has none."""
+    """The revisions of some names; Alembic's types hide that ``base`` has none."""
     found = t.cast("tuple[Script | None, ...]", script.get_revisions(names))
     return [each for each in found if each is not None]
 
 
 def _unknown(script: ScriptDirectory, rows: _Heads) -> tuple[str, ...]:
-    """The ids that no revision file has. A prefix is no id here."""
-    from alembic.util import CommandError
-
-    def is_known(row: str) -> bool:
-        try:
-            return script.get_revision(row).revision == row
-        except CommandError:
-            return False
-
-    return tuple(row for row in rows if not is_known(row))
+    """The ids that no revision file has. A prefix is no id here, nor is a label."""
+    known: t.Any = script.revision_map._revision_map  # noqa: SLF001
+    return tuple(x for x in rows if getattr(known.get(x), "revision", None) != x)
 
 
 def _refuse_unknown(script: ScriptDirectory, rows: _Heads, name: str) -> None:
-    unknown = _unknown(script, rows)
-
-    if unknown:
+    if unknown := _unknown(script, rows):
         raise _command_error(
-            f"Database '{name}' is at {_quoted(unknown)}, which no revision file has. Get"
-            " the missing file; or go to the branch of the code that has it; or, if the"
-            " schema is known to match a revision, run 'flask db stamp --purge REVISION'."
+            f"Database '{name}' is at {_quoted(unknown)}, which no revision file has."
+            " Get the missing file; or go to the branch of the code that has it; or, if"
+            " the schema is known to match a revision, run 'flask db stamp --purge"
+            " REVISION'."
         )
 
 
 class _Steps:
-    """The steps that a method asks for. Asking has no effect, so it may be done twice."""
+    """The steps that a method asks for. Asking has no effect: it may be done twice."""
 
     def __init__(
         self,
         extension: Alembic,
         kind: t.Literal["upgrade", "downgrade", "stamp", "ensure-version"],
         target: RevisionTarget,
-        *,
         start: str = "base",
         purge: bool = False,
     ) -> None:
-        self.extension = extension
-        self.kind = kind
-        self.target = target
-        self.start = start
-        self.purge = purge
+        self.extension, self.kind, self.target = extension, kind, target
+        self.start, self.purge = start, purge
 
-    def __call__(self, rows: _Heads, context: MigrationContext) -> cabc.Sequence[_Step]:
+    def __call__(self, rows: t.Any, context: MigrationContext) -> list[t.Any]:
         script = self.extension.script_directory
         rows = tuple(_as_list(rows))
         _refuse_unknown(script, rows, _name_of(context))
@@ -2041,15 +1828,14 @@ class _Steps:
             return []
 
         if self.kind == "stamp":
-            return _stamp_steps(script, _identifiers(self.target), rows)
+            target = tuple(_as_list(_identifiers(self.target)))
+            return _make_steps("stamp", script, target, rows)
 
-        steps = _upgrade_steps if self.kind == "upgrade" else _downgrade_steps
-        return steps(script, self.resolve(script), rows)
+        return _make_steps(self.kind, script, self.resolve(script), rows)
 
     def resolve(self, script: ScriptDirectory) -> str | tuple[str, ...]:
         """The target, with a count of steps written as Alembic does: ``+1``, ``-1``."""
         target = _identifiers(self.target)
-        down = self.kind == "downgrade"
 
         if isinstance(self.target, bool) or not all(_as_list(target)):
             raise _command_error(f"{self.target!r} is no revision.")
@@ -2069,7 +1855,7 @@ class _Steps:
                 f"Can't locate a revision '{target}', and it is no count."
             )
 
-        return f"{'-' if down else '+'}{int(target)}"
+        return f"{'-' if self.kind == 'downgrade' else '+'}{int(target)}"
 
     def is_relative(self, script: ScriptDirectory) -> bool:
         """Whether the target counts from where the database stands."""
@@ -2088,7 +1874,8 @@ def _pending(extension: Alembic, scope: _Scope, steps: _Steps) -> dict[str, bool
             )
 
             if steps.kind == "ensure-version":
-                found[name] = not _has_version_table(context)
+                # Reading the heads does not tell an empty table from a missing one.
+                found[name] = not context._has_version_table()  # noqa: SLF001
 
     return found
 
@@ -2098,11 +1885,7 @@ class _OvertakenError(Exception):
 
 
 class _Run:
-    """One run on one database: its environment, its steps, and how far it came.
-
-    :param connection: A live connection; without one, the run writes SQL to ``output``.
-    :param start: Where an offline run starts.
-    """
+    """One run on one database; without a connection, it writes SQL to ``output``."""
 
     def __init__(
         self,
@@ -2110,28 +1893,26 @@ class _Run:
         scope: _Scope,
         target: _Target,
         fn: StepFunction,
-        *,
         connection: sa.Connection | None = None,
         start: t.Any = None,
-        output: t.TextIO | None = None,
     ) -> None:
+        import io
+
         from alembic.runtime.environment import EnvironmentContext
 
-        self.name = target.name
+        self.name, self.fn, self.connection = target.name, fn, connection
         self.names = scope.base.names(extension)
-        self.fn = fn
         self.ran: list[Script] = []
         #: The step that is running, or that failed.
         self.step: RevisionStep | None = None
         self.started = self.committed = False
         self.commits = 0
+        self.output = io.StringIO()
         self._rows: frozenset[str] = frozenset()
         options = _options(extension, target.name)
+        hooks = _as_list(options.get("on_version_apply"))
+        options["on_version_apply"] = [*hooks, self._applied]
         given: dict[str, t.Any] = {"fn": self._steps, "tag": scope.tag}
-        options["on_version_apply"] = [
-            *_as_list(options.get("on_version_apply")),
-            self._applied,
-        ]
 
         if isinstance(fn, _Steps):
             given.update(purge=fn.purge, destination_rev=_identifiers(fn.target))
@@ -2139,30 +1920,28 @@ class _Run:
         if connection is None:
             given["as_sql"] = True
             # Other parameter styles would double the percent signs in the script.
-            options["dialect_opts"] = {
-                "paramstyle": "named",
-                **options.get("dialect_opts", {}),
-            }
-            options.update(url=target.engine.url, literal_binds=True)
-            options.update(output_buffer=output, starting_rev=start)
+            dialect_opts = {"paramstyle": "named", **options.get("dialect_opts", {})}
+            options.update(url=target.engine.url, dialect_opts=dialect_opts)
+            options.update(output_buffer=self.output, literal_binds=True)
+            options["starting_rev"] = None if start == "base" else start or None
 
         config = _with_x(extension.config, scope.x)
-        self.environment = EnvironmentContext(
-            config, extension.script_directory, **given
-        )
+        script = extension.script_directory
+        self.environment = EnvironmentContext(config, script, **given)
         self.environment.configure(connection=connection, **options)
         self.context = self.environment.get_context()
-        self.connection = connection
+        dialect: t.Any = self.context.dialect
 
-        if connection is None and self.context.dialect.name == "postgresql":
+        if connection is None and dialect.name == "postgresql":
             # SQLAlchemy < 2.1 doubles backslashes until it has seen a server's setting,
             # which is 'standard_conforming_strings = on' since PostgreSQL 9.1.
-            self.context.dialect._backslash_escapes = False  # type: ignore[attr-defined]  # noqa: SLF001
+            dialect._backslash_escapes = False  # noqa: SLF001
 
-        per_migration = options.get("transaction_per_migration", False)
         # SQLite's lock is its transaction, so it is given up between two of them.
-        self._rechecks = bool(
-            connection and per_migration and self.context.dialect.name == "sqlite"
+        self._rechecks = (
+            connection is not None
+            and dialect.name == "sqlite"
+            and options.get("transaction_per_migration", False)
         )
 
     @contextlib.contextmanager
@@ -2173,73 +1952,65 @@ class _Run:
         self.committed = True
 
     def migrate(self, kwargs: dict[str, t.Any]) -> None:
-        with self.environment:
+        with self.environment, _colons_kept():
             self.environment.run_migrations(**kwargs)
 
     def call(self, step: RevisionStep, kwargs: dict[str, t.Any]) -> None:
-        """Call the function of a revision that is meant for this database."""
+        """Call the function of a revision, unless it is for other databases only."""
+        fn: t.Any = getattr(step.revision.module, _direction(step))
         arguments = _arguments(step, self.name, self.names)
 
         if arguments is not None:
-            fn = (
-                step.revision.module.upgrade
-                if step.is_upgrade
-                else step.revision.module.downgrade
-            )
             fn(**kwargs, **arguments)
 
     def _steps(self, rows: t.Any, context: MigrationContext) -> cabc.Iterator[_Step]:
         """The steps, reporting each as it starts and as it is done."""
         self._rows = frozenset(_as_list(rows))
-        steps = list(self.fn(rows, context))
+        steps: list[t.Any] = list(self.fn(rows, context))
         report = _progress.get() or (lambda progress: None)
 
         if isinstance(self.fn, _Steps) and self.fn.kind == "ensure-version":
-            context._ensure_version_table()  # noqa: SLF001  # the command's own way
+            context._ensure_version_table()  # the command's own way  # noqa: SLF001
 
-        for index, step in enumerate(steps, 1):
-            revision = getattr(step, "revision", None)
-
-            if revision is None:
+        for number, step in enumerate(steps, 1):
+            if getattr(step, "revision", None) is None:  # a stamp
                 yield step
                 continue
 
-            step = t.cast("RevisionStep", step)
-            progress = functools.partial(
-                _Progress, self.name, revision, step.is_upgrade, index, len(steps)
-            )
-            began = time.monotonic()
+            place = (self.name, step.revision, step.is_upgrade, number, len(steps))
+            run = functools.partial(self._execute, step)
+            step.migration_fn = functools.update_wrapper(run, step.migration_fn)
             self.step, self.started = step, True
-            step.migration_fn = self._wrapped(step)
-            report(progress(None))
+            began = time.monotonic()
+            report(_Progress(*place, None))
             yield step
             # Alembic asks for the next step when this one is in the version table.
             self.step = None
-            self.ran.append(revision)
-            report(progress(time.monotonic() - began))
+            self.ran.append(step.revision)
+            report(_Progress(*place, time.monotonic() - began))
 
-    def _wrapped(self, step: RevisionStep) -> cabc.Callable[..., None]:
-        @functools.wraps(step.migration_fn)
-        def call(**kwargs: t.Any) -> None:
-            if self._rechecks and self._rows != {*self.context.get_current_heads()}:
-                raise _OvertakenError
+    def _execute(self, step: RevisionStep, /, **kwargs: t.Any) -> None:
+        if self._rechecks and self._rows != {*self.context.get_current_heads()}:
+            raise _OvertakenError
 
-            try:
-                self.call(step, kwargs)
-            except BaseException as error:
-                error.__dict__.setdefault(_ORIGIN, "revision")
+        try:
+            self.call(step, kwargs)
+        except BaseException as error:
+            error.__dict__.setdefault(_ORIGIN, "revision")
+            # What comes of asking where nothing answers.
+            words = ("NoneType", "MockConnection", "--sql mode", "offline")
+            kinds = (sa.exc.NoInspectionAvailable, sa.exc.CompileError)
+            asks = isinstance(error, kinds) or any(x in str(error) for x in words)
 
-                if self.connection is None and _needs_connection(error):
-                    raise _command_error(
-                        f"Revision '{step.revision.revision}' ('{step.revision.path}')"
-                        f" cannot be written as SQL for database '{self.name}': it asks for"
-                        f" results, which need a live connection ({_user_message(error)})."
-                        " It can ask 'context.is_offline_mode()'."
-                    ) from error
+            if self.connection is None and asks:
+                raise _command_error(
+                    f"{_title(step.revision)} cannot be written as SQL for database"
+                    f" '{self.name}': it asks for results, which need a live connection"
+                    f" ({_user_message(error)}). It can ask"
+                    " 'context.is_offline_mode()'."
+                ) from error
 
-                raise
-
-        return call
+            raise
 
     def _applied(self, *, heads: cabc.Iterable[str], **_: t.Any) -> None:
         self._rows = frozenset(heads)
@@ -2250,48 +2021,39 @@ class _Run:
     def outcome(self) -> str:
         """Where the database stands after a failure, and what to do about it."""
         where = "an unknown revision, as it cannot be read"
+        advice = ""
 
-        with contextlib.suppress(Exception):
-            assert self.connection is not None
-
-            with _left_as_found(self.connection):
-                where = _quoted(self.context.get_current_heads()) or "base"
-
-        about = f"Database '{self.name}':"
-
-        if self.committed and self.context.impl.transactional_ddl:
-            return f"{about} committed; it stands at {where}."
+        with contextlib.suppress(Exception), _left_as_found(self.connection):
+            where = _quoted(self.context.get_current_heads()) or "base"
 
         if self.context.impl.transactional_ddl:
-            if not self.commits:
-                return f"{about} everything was rolled back; it stands at {where}."
-
-            return (
-                f"{about} rolled back to its last commit, after a finished revision or at an"
-                f" autocommit_block(); it stands at {where}."
+            if self.committed:
+                what = "committed"
+            elif self.commits:
+                what = (
+                    "rolled back to its last commit, after a finished revision or at an"
+                    " autocommit_block()"
+                )
+            else:
+                what = "everything was rolled back"
+        elif self.step is None:
+            what = "what ran stays, nothing was rolled back"
+        else:
+            what = (
+                f"{self.context.dialect.name} commits DDL by itself, so statements that"
+                f" '{self.step.revision.revision}' ran before the error stay"
+            )
+            advice = (
+                ". Either undo these statements by hand and run the command again, or"
+                " finish the revision by hand and run"
+                f" 'flask db stamp {' '.join(self.step.to_revisions) or 'base'}'"
             )
 
-        if self.step is None:
-            return f"{about} what ran stays, nothing was rolled back; it stands at {where}."
-
-        to = self.step.to_revisions
-        return (
-            f"{about} {self.context.dialect.name} commits DDL by itself, so statements that"
-            f" '{self.step.revision.revision}' ran before the error stay; it stands at"
-            f" {where}. Either undo these statements by hand and run the command again, or"
-            " finish the revision by hand and run"
-            f" 'flask db stamp {' '.join(to) or 'base'}'."
-        )
+        return f"Database '{self.name}': {what}; it stands at {where}{advice}."
 
 
-def _needs_connection(error: BaseException) -> bool:
-    """Whether an offline revision failed because there is nothing to ask."""
-    text = str(error)
-    return isinstance(
-        error, (sa.exc.NoInspectionAvailable, sa.exc.CompileError)
-    ) or any(
-        word in text for word in ("NoneType", "MockConnection", "--sql mode", "offline")
-    )
+def _direction(step: RevisionStep) -> str:
+    return "upgrade" if step.is_upgrade else "downgrade"
 
 
 def _arguments(
@@ -2300,9 +2062,9 @@ def _arguments(
     """What to pass to a revision's function for a database; ``None`` not to call it."""
     import inspect
 
-    direction = "upgrade" if step.is_upgrade else "downgrade"
-    module = step.revision.module
-    parameters = inspect.signature(getattr(module, direction)).parameters.values()
+    prefix = f"{_direction(step)}_"
+    functions = {k: v for k, v in vars(step.revision.module).items() if callable(v)}
+    parameters = inspect.signature(functions[_direction(step)]).parameters.values()
 
     if not any(p.name == "engine_name" or p.kind is p.VAR_KEYWORD for p in parameters):
         # Written before there was a second database.
@@ -2313,16 +2075,11 @@ def _arguments(
             return None
 
         raise _command_error(
-            f"Revision '{step.revision.revision}' ('{step.revision.path}') is for one"
-            f" database, and none of {_quoted(names)} is named 'default'."
+            f"{_title(step.revision)} is for one database, and none of {_quoted(names)}"
+            " is named 'default'."
         )
 
-    prefix = f"{direction}_"
-    sections = {
-        key.removeprefix(prefix)
-        for key, value in vars(module).items()
-        if key.startswith(prefix) and callable(value)
-    }
+    sections = {k.removeprefix(prefix) for k in functions if k.startswith(prefix)}
 
     if not sections or name in sections:
         return {"engine_name": name}
@@ -2336,15 +2093,15 @@ def _arguments(
         return None
 
     raise _command_error(
-        f"Revision '{step.revision.revision}' ('{step.revision.path}') has functions for"
-        f" {_quoted(sections)}, but none for the database '{name}'. Was it renamed?"
+        f"{_title(step.revision)} has functions for {_quoted(sections)}, but none for"
+        f" the database '{name}'. Was it renamed?"
     )
 
 
 def _run_online(
     extension: Alembic, scope: _Scope, fn: StepFunction, kwargs: dict[str, t.Any]
 ) -> None:
-    """Run steps on the databases of a scope, all of them or none as far as they allow."""
+    """Run steps on a scope's databases: on all or none, as far as they allow."""
     scope.ran.clear()
 
     if isinstance(fn, _Steps) and not any(_pending(extension, scope, fn).values()):
@@ -2352,13 +2109,12 @@ def _run_online(
 
     while True:
         try:
-            _run_once(extension, scope, fn, kwargs)
-            return
+            return _run_once(extension, scope, fn, kwargs)
         except _OvertakenError:
             if not isinstance(fn, _Steps) or fn.is_relative(extension.script_directory):
                 raise FlaskAlembicError(
-                    "Another process migrated the database meanwhile: look where it stands,"
-                    " and run the command again."
+                    "Another process migrated the database meanwhile: look where it"
+                    " stands, and run the command again."
                 ) from None
 
 
@@ -2368,7 +2124,7 @@ def _run_once(
     contexts = extension.migration_contexts
     targets = scope.targets(extension)
     settings = extension._get_cache().settings
-    # Two applications may name the same databases differently: the order is the servers'.
+    # Two applications may name the databases differently: the order is the servers'.
     order = sorted(contexts, key=lambda name: targets[name].identity)
     runs: dict[str, _Run] = {}
 
@@ -2376,23 +2132,21 @@ def _run_once(
         token = _running.set(True)
 
         try:
+            # All locks, then all transactions, then the steps; in the end backwards.
             with contextlib.ExitStack() as stack:
                 for name in order:
                     connection = contexts[name].connection
                     assert connection is not None
                     stack.enter_context(_guard(contexts[name], connection, settings))
-                    run = _Run(
-                        extension, scope, targets[name], fn, connection=connection
-                    )
-                    runs[name] = run
+                    run = _Run(extension, scope, targets[name], fn, connection)
                     stack.enter_context(_listening(connection, commit=run.count_commit))
+                    runs[name] = run
 
-                with contextlib.ExitStack() as transactions:
-                    for name in order:
-                        transactions.enter_context(runs[name].transaction())
+                for name in order:
+                    stack.enter_context(runs[name].transaction())
 
-                    for name in contexts:
-                        runs[name].migrate(kwargs)
+                for name in contexts:
+                    runs[name].migrate(kwargs)
         except BaseException as error:
             if not isinstance(error, _OvertakenError):
                 _explain(error, list(runs.values()))
@@ -2400,9 +2154,7 @@ def _run_once(
             raise
         finally:
             _running.reset(token)
-
-            for run in runs.values():
-                scope.ran.update((each.revision, each) for each in run.ran)
+            scope.ran.update((s.revision, s) for run in runs.values() for s in run.ran)
 
 
 @contextlib.contextmanager
@@ -2410,16 +2162,14 @@ def _listening(
     connection: sa.Connection, **listeners: cabc.Callable[..., t.Any]
 ) -> cabc.Iterator[None]:
     """Listen to a connection's events; the pool gets it back without listeners."""
-    for event, listener in listeners.items():
-        # Only this event may replace what it is given.
-        retval = event == "before_cursor_execute"
-        sa.event.listen(connection, event, listener, retval=retval)
-
-    try:
-        yield
-    finally:
+    with contextlib.ExitStack() as stack:
         for event, listener in listeners.items():
-            sa.event.remove(connection, event, listener)
+            # Only this event may replace what it is given.
+            retval = event == "before_cursor_execute"
+            sa.event.listen(connection, event, listener, retval=retval)
+            stack.callback(sa.event.remove, connection, event, listener)
+
+        yield
 
 
 def _explain(error: BaseException, runs: list[_Run]) -> None:
@@ -2427,23 +2177,22 @@ def _explain(error: BaseException, runs: list[_Run]) -> None:
     if not any(run.started for run in runs):
         return
 
-    failed = next((run for run in runs if run.step is not None), None)
     lines = ["The migration failed after its revisions ran."]
 
-    if failed is not None and failed.step is not None:
-        step = failed.step
-        lines = [
-            f"Revision '{step.revision.revision}' ('{step.revision.path}') failed in database"
-            f" '{failed.name}' while {'up' if step.is_upgrade else 'down'}grading."
-        ]
-        context = failed.context
+    for run in runs:
+        if run.step is not None:
+            lines = [
+                f"{_title(run.step.revision)} failed in database '{run.name}' while"
+                f" {_direction(run.step).removesuffix('e')}ing."
+            ]
+            dialect = run.context.dialect.name
 
-        if context.dialect.name == "sqlite" and "database is locked" in str(error):
-            lines.append(
-                "The migration itself holds SQLite's lock: a revision must write through"
-                " 'op.get_bind()', not through a session or connection of its own; or set"
-                " 'transactional_ddl' to False in ALEMBIC_CONTEXT."
-            )
+            if dialect == "sqlite" and "database is locked" in str(error):
+                lines.append(
+                    "The migration itself holds SQLite's lock: a revision must write"
+                    " through 'op.get_bind()', not through a session or connection of"
+                    " its own; or set 'transactional_ddl' to False in ALEMBIC_CONTEXT."
+                )
 
     error.add_note("\n".join([*lines, *(run.outcome() for run in runs)]))
 
@@ -2452,53 +2201,45 @@ def _run_offline(
     extension: Alembic, scope: _Scope, steps: _Steps, live: dict[str, _Heads] | None
 ) -> dict[str, str]:
     """Write the steps as SQL, from where the databases stand or from a given start."""
-    import io
-
     script = extension.script_directory
     result = {}
 
     if live is None:
-        if steps.kind == "downgrade" and steps.start == "base":
-            raise _command_error("SQL for a downgrade needs a start: START:TARGET.")
-
-        if steps.kind in ("upgrade", "downgrade") and steps.start == "base":
-            if steps.is_relative(script):
-                raise _command_error(
-                    f"SQL for the relative target '{steps.target}' needs a start:"
-                    " START:TARGET."
-                )
-        elif steps.start != "base":
-            _refuse_unrelated(script, steps)
+        _refuse_range(script, steps)
 
     for name, target in scope.targets(extension).items():
-        start: t.Any = steps.start if live is None else live[name]
+        start = steps.start if live is None else live[name]
 
         if live is not None:
             _refuse_unknown(script, live[name], name)
 
-        output = io.StringIO()
-        run = _Run(
-            extension,
-            scope,
-            target,
-            steps,
-            start=None if start == "base" else start or None,
-            output=output,
-        )
+        run = _Run(extension, scope, target, steps, start=start)
 
         with _RUN_LOCK, run.transaction():
             run.migrate({})
 
-        result[name] = output.getvalue()
+        result[name] = run.output.getvalue()
 
     return result
 
 
-def _refuse_unrelated(script: ScriptDirectory, steps: _Steps) -> None:
-    """Refuse a range whose start does not lead to its target."""
+def _refuse_range(script: ScriptDirectory, steps: _Steps) -> None:
+    """Refuse a range that has no start, or one that does not lead to its target."""
+    if steps.start == "base":
+        if steps.kind == "downgrade":
+            raise _command_error("SQL for a downgrade needs a start: START:TARGET.")
+
+        if steps.kind == "upgrade" and steps.is_relative(script):
+            raise _command_error(
+                f"SQL for the relative target '{steps.target}' needs a start:"
+                " START:TARGET."
+            )
+
+        return
+
     lower: t.Any = steps.start
     upper: t.Any = steps.resolve(script)
-    begin = _scripts(script, lower)
+    _scripts(script, lower)  # fails if there is none
 
     if steps.kind in ("stamp", "ensure-version") or steps.is_relative(script):
         return
@@ -2507,9 +2248,8 @@ def _refuse_unrelated(script: ScriptDirectory, steps: _Steps) -> None:
         lower, upper = upper, lower
 
     above = {each.revision for each in script.walk_revisions("base", upper)}
-    needed = _scripts(script, lower) if steps.kind == "downgrade" else begin
 
-    if not {each.revision for each in needed} <= above:
+    if not {each.revision for each in _scripts(script, lower)} <= above:
         raise _command_error(f"'{lower}' is not an ancestor of '{upper}'.")
 
 
@@ -2517,17 +2257,13 @@ def _version_rows(
     connection: sa.Connection, options: dict[str, t.Any]
 ) -> list[str] | None:
     """The ids in the version table, sorted, by one query; ``None`` if that fails."""
-    table = sa.table(
-        options.get("version_table", "alembic_version"),
-        sa.column("version_num"),
-        schema=options.get("version_table_schema"),
-    )
+    name = options.get("version_table", "alembic_version")
+    schema = options.get("version_table_schema")
+    table = sa.table(name, sa.column("version_num"), schema=schema)
 
     try:
         with _left_as_found(connection):
-            return sorted(
-                str(row[0]) for row in connection.execute(sa.select(*table.c))
-            )
+            return sorted(map(str, connection.scalars(sa.select(*table.c))))
     except sa.exc.DBAPIError:
         return None
 
@@ -2536,58 +2272,50 @@ def _plan(
     extension: Alembic, scope: _Scope, steps: _Steps
 ) -> dict[str, list[PlannedStep]]:
     """Read what the steps would do, by operations that only record."""
-    import io
-
-    result: dict[str, list[PlannedStep]] = {}
+    result = {}
 
     for name, rows in extension._rows(scope).items():
-        output = io.StringIO()
         target = scope.targets(extension)[name]
-        run = _Run(extension, scope, target, steps, start=rows or None, output=output)
+        run = _Run(extension, scope, target, steps, start=rows)
 
         with _RUN_LOCK, run.environment:
-            result[name] = [
-                _read_step(run, t.cast("RevisionStep", step), output)
-                for step in steps(rows, run.context)
-            ]
+            result[name] = [_read_step(run, step) for step in steps(rows, run.context)]
 
     return result
 
 
-def _read_step(run: _Run, step: RevisionStep, output: t.Any) -> PlannedStep:
-    from alembic.operations import BatchOperations
-    from alembic.operations import Operations
+def _read_step(run: _Run, step: RevisionStep) -> PlannedStep:
+    from alembic import operations
     from alembic.operations import ops
 
     drops: list[str] = []
 
-    def record(operations: Operations, operation: MigrateOperation) -> t.Any:
-        if isinstance(operation, ops.DropTableOp):
-            drops.append(f"table {_dotted(operation.schema, operation.table_name)}")
-        elif isinstance(operation, ops.DropColumnOp):
-            table = _dotted(operation.schema, operation.table_name)
-            drops.append(f"column {table}.{operation.column_name}")
+    def record(recorder: Operations, operation: MigrateOperation) -> t.Any:
+        if isinstance(operation, (ops.DropTableOp, ops.DropColumnOp)):
+            name = ".".join(filter(None, (operation.schema, operation.table_name)))
+            column = getattr(operation, "column_name", None)
+            drops.append(f"column {name}.{column}" if column else f"table {name}")
         elif isinstance(operation, ops.ExecuteSQLOp):
             drops.extend(_dropped_by(str(operation.sqltext)))
         elif isinstance(operation, ops.CreateTableOp):
             # The revision may insert rows into what it made.
-            return operation.to_table(operations.migration_context)
+            return operation.to_table(recorder.migration_context)
 
         return None
 
     @contextlib.contextmanager
     def batch(
         table_name: str, schema: str | None = None, *args: t.Any, **kwargs: t.Any
-    ) -> cabc.Iterator[BatchOperations]:
+    ) -> cabc.Iterator[t.Any]:
         impl: t.Any = types.SimpleNamespace(table_name=table_name, schema=schema)
-        yield recording(BatchOperations(run.context, impl=impl))
+        yield recording(operations.BatchOperations(run.context, impl=impl))
 
-    def recording(operations: t.Any) -> t.Any:
-        operations.invoke = functools.partial(record, operations)
-        operations.batch_alter_table = batch
-        return operations
+    def recording(recorder: t.Any) -> t.Any:
+        recorder.invoke = functools.partial(record, recorder)
+        recorder.batch_alter_table = batch
+        return recorder
 
-    recorder = recording(Operations(run.context))
+    recorder = recording(operations.Operations(run.context))
     problem = None
     # 'op' must be this object: Operations.context() makes one of its own.
     recorder._install_proxy()  # noqa: SLF001
@@ -2600,24 +2328,16 @@ def _read_step(run: _Run, step: RevisionStep, output: t.Any) -> PlannedStep:
         recorder._remove_proxy()  # noqa: SLF001
 
     # Recorded operations write nothing: what is here went through 'op.get_bind()'.
-    drops.extend(_dropped_by(output.getvalue()))
-    output.seek(0)
-    output.truncate()
+    drops.extend(_dropped_by(run.output.getvalue()))
+    run.output.seek(0)
+    run.output.truncate()
     return PlannedStep(step.revision, step.is_upgrade, tuple(drops), problem)
-
-
-def _dotted(schema: str | None, name: str) -> str:
-    return f"{schema}.{name}" if schema else name
 
 
 def _dropped_by(sql: str) -> list[str]:
     """What a statement drops, as far as a look at it tells."""
-    import re
-
-    found = re.findall(
-        r"(?i)\bdrop\s+(table|column)\s+(?:if\s+exists\s+)?([^\s;,]+)", sql
-    )
-    return [f"{kind.lower()} {name}" for kind, name in found]
+    pattern = r"(?i)\bdrop\s+(table|column)\s+(?:if\s+exists\s+)?([^\s;,]+)"
+    return [f"{kind.lower()} {name}" for kind, name in re.findall(pattern, sql)]
 
 
 # -- Guards ----------------------------------------------------------------------------
@@ -2629,32 +2349,31 @@ def _dropped_by(sql: str) -> list[str]:
 def _guard(
     context: MigrationContext, connection: sa.Connection, settings: _Settings
 ) -> cabc.Iterator[None]:
-    name = _name_of(context)
+    name, kind = _name_of(context), connection.dialect.name
 
     if connection.in_transaction():
-        # What the caller did through the low-level objects; Alembic would commit it too.
+        # What the caller did through the low-level objects; Alembic would commit it
+        # too.
         connection.commit()
 
     with contextlib.ExitStack() as stack:
-        if connection.dialect.name == "sqlite":
+        if kind == "sqlite":
             atomic = context.impl.transactional_ddl
             stack.enter_context(_sqlite_guard(name, connection, settings, atomic))
-        elif connection.dialect.name in _SERVER_LOCKS:
+            stack.enter_context(_sqlite_keys(name, connection))
+        elif kind in ("postgresql", *_MYSQL):
             driver = connection.connection.dbapi_connection
 
             if getattr(driver, "autocommit", False) is True:
                 # An engine in AUTOCOMMIT has no transaction that could be rolled back.
-                connection.execution_options(
-                    isolation_level=connection.default_isolation_level
-                )
+                level = connection.default_isolation_level
+                connection.execution_options(isolation_level=level)
 
             if settings.migration_lock:
-                schema = (
-                    context.version_table_schema
-                    or connection.dialect.default_schema_name
-                )
-                key = f"{schema or ''}.{context.version_table}"
-                stack.enter_context(_server_lock(name, connection, key, settings))
+                schema = context.version_table_schema
+                schema = schema or connection.dialect.default_schema_name or ""
+                place = f"{schema}.{context.version_table}"
+                stack.enter_context(_server_lock(name, connection, place, settings))
 
             stack.enter_context(_server_timeouts(connection, settings))
 
@@ -2665,66 +2384,53 @@ def _wait(
     name: str, timeout: float | None, attempt: cabc.Callable[[], bool], advice: str
 ) -> None:
     """Try for a lock until it is ours."""
-    began = told = time.monotonic()
-    pause = 0.02
+    limit = float("inf") if timeout is None else timeout
+    began, pause, telling = time.monotonic(), 0.02, 1.0
 
     while not attempt():
-        now = time.monotonic()
+        waited = time.monotonic() - began
 
-        if timeout is not None and now - began >= timeout:
-            raise MigrationLockTimeout(name, now - began, advice)
+        if waited >= limit:
+            raise MigrationLockTimeout(name, waited, advice)
 
-        if now - told >= (1 if told == began else 10):
-            told = now
-            _logger.info(
-                "Waiting for the migration lock of database '%s' (%.0f s).",
-                name,
-                now - began,
-            )
+        if waited >= telling:
+            telling = waited + 10
+            text = "Waiting for the migration lock of database '%s' (%.0f s)."
+            _logger.info(text, name, waited)
 
-        # Short and growing: no statement of ours may be open while we wait, since an index
-        # that is built concurrently waits for all open statements.
-        left = pause if timeout is None else timeout - (now - began)
-        time.sleep(max(0.0, min(pause, left)))
+        # Short and growing: no statement of ours may be open while we wait, since an
+        # index that is built concurrently waits for all open statements.
+        time.sleep(min(pause, limit - waited))
         pause = min(pause * 1.5, 0.5)
 
 
-class _ServerLock(t.NamedTuple):
-    take: str
-    release: str
-    advice: str
+def _lock_statements(kind: str, place: str) -> tuple[sa.TextClause, sa.TextClause, str]:
+    """How to take and release a server's lock, and how to find its holder.
 
-
-#: PostgreSQL's advisory locks belong to a database, MySQL's named locks to the server.
-_SERVER_LOCKS: t.Final = {
-    "postgresql": _ServerLock(
-        "SELECT pg_try_advisory_lock(CAST(:key AS bigint))",
-        "SELECT pg_advisory_unlock(CAST(:key AS bigint))",
-        "SELECT a.* FROM pg_locks l JOIN pg_stat_activity a USING (pid)"
-        " WHERE l.locktype = 'advisory' AND l.granted",
-    ),
-    **dict.fromkeys(
-        _MYSQL,
-        _ServerLock(
-            "SELECT GET_LOCK(:key, 0)",
-            "SELECT RELEASE_LOCK(:key)",
-            "SELECT * FROM information_schema.processlist WHERE id = IS_USED_LOCK('{key}')",
-        ),
-    ),
-}
-
-
-def _lock_key(dialect: str, place: str) -> str | int:
-    """The lock's key, made of the database (PostgreSQL adds it itself) and the table."""
+    PostgreSQL's advisory locks belong to a database, MySQL's named locks to the server.
+    """
     import hashlib
 
     digest = hashlib.sha256(f"flask_alembic:{place}".encode()).digest()
+    key: int | str
 
-    if dialect == "postgresql":
-        return int.from_bytes(digest[:8], signed=True)
+    if kind == "postgresql":
+        key = int.from_bytes(digest[:8], signed=True)
+        take = "SELECT pg_try_advisory_lock(CAST(:key AS bigint))"
+        release = "SELECT pg_advisory_unlock(CAST(:key AS bigint))"
+        advice = (
+            "SELECT a.* FROM pg_locks l JOIN pg_stat_activity a USING (pid)"
+            " WHERE l.locktype = 'advisory' AND l.granted"
+        )
+    else:
+        # At most 64 characters, and compared without case.
+        key = f"flask_alembic:{digest.hex()[:40]}"
+        take, release = "SELECT GET_LOCK(:key, 0)", "SELECT RELEASE_LOCK(:key)"
+        holder = f"IS_USED_LOCK('{key}')"
+        advice = f"SELECT * FROM information_schema.processlist WHERE id = {holder}"
 
-    # At most 64 characters, and compared without case.
-    return f"flask_alembic:{digest.hex()[:40]}"
+    take_it, release_it = (sa.text(x).bindparams(key=key) for x in (take, release))
+    return take_it, release_it, advice
 
 
 @contextlib.contextmanager
@@ -2732,36 +2438,32 @@ def _server_lock(
     name: str, connection: sa.Connection, place: str, settings: _Settings
 ) -> cabc.Iterator[None]:
     """Hold the server's lock, at session level: a transaction would lose it."""
-    lock = _SERVER_LOCKS[connection.dialect.name]
-    key = _lock_key(connection.dialect.name, place)
+    kind = connection.dialect.name
+    take, release, advice = _lock_statements(kind, place)
+    held = True
 
     def attempt() -> bool:
         try:
-            return bool(connection.scalar(sa.text(lock.take), {"key": key}))
+            return bool(connection.scalar(take))
         finally:
             connection.rollback()
 
-    held = True
-
     try:
-        _wait(
-            name,
-            settings.migration_lock_timeout,
-            attempt,
-            lock.advice.format(key=key),
-        )
+        _wait(name, settings.migration_lock_timeout, attempt, advice)
     except sa.exc.DBAPIError as error:
-        # Servers that speak PostgreSQL's protocol may lack the function (42883) or refuse
-        # it (0A000): CockroachDB, YugabyteDB, Redshift.
+        # Servers that speak PostgreSQL's protocol may lack the function (42883) or
+        # refuse it (0A000): CockroachDB, YugabyteDB, Redshift.
         code = getattr(error.orig, "sqlstate", None) or getattr(error.orig, "pgcode", 0)
 
-        if connection.dialect.name != "postgresql" or code not in ("42883", "0A000"):
+        if kind != "postgresql" or code not in ("42883", "0A000"):
             raise
 
         held = False
         _logger.info("Database '%s' has no advisory locks: migrating without.", name)
-    except KeyboardInterrupt:
-        # It may have come just after the lock did.
+    except Exception:
+        raise
+    except BaseException:
+        # An interrupt may have come just after the lock did.
         connection.invalidate()
         raise
 
@@ -2769,8 +2471,7 @@ def _server_lock(
         yield
     finally:
         if held:
-            release = sa.text(lock.release)
-            _restore(connection, lambda: connection.scalar(release, {"key": key}))
+            _restore(connection, lambda: connection.scalar(release))
 
 
 def _restore(connection: sa.Connection, action: cabc.Callable[[], t.Any]) -> None:
@@ -2794,94 +2495,69 @@ def _server_timeouts(
     connection: sa.Connection, settings: _Settings
 ) -> cabc.Iterator[None]:
     """Set the session's timeouts, and what they were before afterwards."""
-    wanted = _timeout_values(connection, settings)
-    former = {key: _get_variable(connection, key) for key in wanted}
-    connection.rollback()
+    show, change = "SELECT @@SESSION.{}", "SET SESSION {} = {}"
 
-    _set_variables(connection, wanted)
-    connection.commit()
+    if connection.dialect.name == "postgresql":
+        # It shows a value with its unit.
+        show, change = "SHOW {}", "SET SESSION {} = '{}'"
+
+    def set_all(values: dict[str, t.Any]) -> None:
+        for key, value in values.items():
+            connection.exec_driver_sql(change.format(key, value))
+
+    wanted = _timeout_values(connection.dialect, settings)
+    former = {
+        key: connection.exec_driver_sql(show.format(key)).scalar() for key in wanted
+    }
 
     try:
+        set_all(wanted)
+        connection.commit()
         yield
     finally:
         if former:
-            _restore(connection, lambda: _set_variables(connection, former))
+            _restore(connection, lambda: set_all(former))
 
 
-def _timeout_values(connection: sa.Connection, settings: _Settings) -> dict[str, t.Any]:
+def _timeout_values(dialect: sa.Dialect, settings: _Settings) -> dict[str, t.Any]:
+    """The session's variables to set. A 0 would switch a timeout off."""
     import math
 
-    lock, statement = settings.lock_timeout, settings.statement_timeout
-    found: dict[str, t.Any] = {}
+    lock, statement = (
+        None if seconds is None else max(1, math.ceil(seconds * 1000))
+        for seconds in (settings.lock_timeout, settings.statement_timeout)
+    )
+    found: dict[str, t.Any]
 
-    if connection.dialect.name == "postgresql":
-        # Milliseconds; 0 would switch the timeout off.
-        for key, value in (("lock_timeout", lock), ("statement_timeout", statement)):
-            if value is not None:
-                found[key] = str(max(1, math.ceil(value * 1000)))
-
-        return found
-
-    if lock is not None:
+    if dialect.name == "postgresql":
+        found = {"lock_timeout": lock, "statement_timeout": statement}
+    else:
         # Whole seconds: for tables, and for rows.
-        found["lock_wait_timeout"] = max(1, math.ceil(lock))
-        found["innodb_lock_wait_timeout"] = max(1, math.ceil(lock))
+        whole = lock and math.ceil(lock / 1000)
+        found = {"lock_wait_timeout": whole, "innodb_lock_wait_timeout": whole}
 
-    if statement is not None and getattr(connection.dialect, "is_mariadb", False):
-        found["max_statement_time"] = max(0.001, float(statement))
-    elif statement is not None:
-        # MySQL knows a limit for SELECT only, in milliseconds.
-        found["max_execution_time"] = max(1, math.ceil(statement * 1000))
-
-    return found
-
-
-def _get_variable(connection: sa.Connection, key: str) -> t.Any:
-    if connection.dialect.name == "postgresql":
-        return connection.scalar(sa.text("SELECT current_setting(:key)"), {"key": key})
-
-    return connection.exec_driver_sql(f"SELECT @@SESSION.{key}").scalar()
-
-
-def _set_variables(connection: sa.Connection, values: dict[str, t.Any]) -> None:
-    for key, value in values.items():
-        if connection.dialect.name == "postgresql":
-            statement = sa.text("SELECT set_config(:key, :value, false)")
-            connection.execute(statement, {"key": key, "value": value})
+        if getattr(dialect, "is_mariadb", False):
+            found["max_statement_time"] = statement and statement / 1000
         else:
-            connection.exec_driver_sql(f"SET SESSION {key} = {value}")
+            # MySQL knows a limit for SELECT only.
+            found["max_execution_time"] = statement
+
+    return {key: value for key, value in found.items() if value is not None}
 
 
 @contextlib.contextmanager
 def _sqlite_guard(
     name: str, connection: sa.Connection, settings: _Settings, atomic: bool
 ) -> cabc.Iterator[None]:
-    """Make SQLite's transaction cover DDL, and keep batch operations from cascading.
-
-    ``BEGIN IMMEDIATE`` is the lock. With foreign keys enforced, a batch operation that
-    drops the original table would delete its children; the pragma is ignored inside a
-    transaction, so it is switched off before, and the keys are checked at the commit.
-    """
+    """Make SQLite's transaction cover DDL; its ``BEGIN IMMEDIATE`` is the lock."""
     driver: t.Any = connection.connection.dbapi_connection
     _refuse_transaction(name, connection.connection.driver_connection)
-    mode = getattr(driver, "autocommit", -1)
-
-    if mode != -1:
-        # Python 3.12's own transaction control knows no BEGIN IMMEDIATE.
-        driver.autocommit = -1
-
-    level = driver.isolation_level
+    mode, level = getattr(driver, "autocommit", -1), driver.isolation_level
     cursor = driver.cursor()
-
-    def pragma(text: str) -> t.Any:
-        cursor.execute(f"PRAGMA {text}")
-        row = cursor.fetchone()
-        return row[0] if row else None
-
-    patience = pragma("busy_timeout")
-    enforced = bool(pragma("foreign_keys"))
-    orphans = _orphans(cursor) if enforced else None
     advice = "ask the system which process has the database's file open (fuser, lsof)"
+
+    def is_autocommit() -> bool:
+        return connection.get_execution_options().get("isolation_level") == "AUTOCOMMIT"
 
     def try_begin() -> bool:
         try:
@@ -2894,8 +2570,8 @@ def _sqlite_guard(
 
         return True
 
-    def begin(connection: sa.Connection) -> None:
-        if connection.get_execution_options().get("isolation_level") == "AUTOCOMMIT":
+    def begin(_: sa.Connection) -> None:
+        if is_autocommit():
             return  # an autocommit_block()
 
         # The end of an autocommit_block() gives the driver its own transactions back.
@@ -2905,75 +2581,106 @@ def _sqlite_guard(
             cursor.execute("BEGIN")
             return
 
-        pragma("busy_timeout = 0")
+        patience = _pragma(cursor, "busy_timeout")
+        _pragma(cursor, "busy_timeout = 0")
 
         try:
             _wait(name, settings.migration_lock_timeout, try_begin, advice)
         finally:
-            pragma(f"busy_timeout = {patience}")
-
-    def commit(connection: sa.Connection) -> None:
-        if orphans is None:
-            return
-
-        now = _orphans(cursor) or {}
-        added = {
-            table: count - orphans.get(table, 0)
-            for table, count in now.items()
-            if count > orphans.get(table, 0)
-        }
-        cursor.execute("SELECT name FROM sqlite_master WHERE type = 'table'")
-        tables = {row[0] for row in cursor.fetchall()}
-        renamed = sum(count for table, count in orphans.items() if table not in tables)
-
-        if sum(added.values()) > renamed:
-            # SQLAlchemy has given up its transaction already when this raises.
-            driver.rollback()
-            raise FlaskAlembicError(
-                f"The migration would leave rows in {_quoted(added)} of database '{name}'"
-                " that refer to rows which do not exist. It was not committed. The check is"
-                " made because the application enforces foreign keys."
-            )
-
-    if connection.get_execution_options().get("isolation_level") == "AUTOCOMMIT":
-        connection.execution_options(isolation_level="SERIALIZABLE")
+            _pragma(cursor, f"busy_timeout = {patience}")
 
     def execute(*args: t.Any) -> tuple[str, t.Any]:
         # SQLAlchemy's recipe for SQLite has a listener of the engine emit BEGIN.
         begins = args[2].lstrip()[:5].upper() == "BEGIN"
         return ("SELECT 1" if begins else args[2]), args[3]
 
-    listeners: dict[str, t.Any] = {"commit": commit}
-
-    if atomic:
-        listeners.update(begin=begin, before_cursor_execute=execute)
+    listeners: dict[str, t.Any] = {"begin": begin, "before_cursor_execute": execute}
 
     try:
-        if enforced:
-            pragma("foreign_keys = OFF")
+        if mode != -1:
+            # Python 3.12's own transaction control knows no BEGIN IMMEDIATE. The one
+            # that it has open would have the pragma for foreign keys ignored.
+            driver.autocommit = -1
+            driver.rollback()
 
-        with _listening(connection, **listeners):
+        if is_autocommit():
+            connection.execution_options(isolation_level="SERIALIZABLE")
+
+        with _listening(connection, **(listeners if atomic else {})):
             yield
     finally:
         connection.rollback()
 
-        # After Ctrl-C inside a statement, the connection is closed and has nothing to restore.
+        # After Ctrl-C inside a statement, the connection is closed: nothing to restore.
         if not connection.invalidated:
             driver.rollback()
             driver.isolation_level = level
-
-            if enforced:
-                pragma("foreign_keys = ON")
-
             cursor.close()
 
             if mode != -1:
                 driver.autocommit = mode
 
 
-def _orphans(cursor: t.Any) -> dict[str, int] | None:
+@contextlib.contextmanager
+def _sqlite_keys(name: str, connection: sa.Connection) -> cabc.Iterator[None]:
+    """Keep batch operations from cascading where foreign keys are enforced.
+
+    Dropping the original table would delete its children; the pragma is ignored inside
+    a transaction, so it is switched off before, and the keys are checked at each
+    commit.
+    """
+    driver: t.Any = connection.connection.dbapi_connection
+    cursor = driver.cursor()
+
+    if not _pragma(cursor, "foreign_keys"):
+        yield
+        return
+
+    before = _orphans(cursor)
+
+    def commit(_: sa.Connection) -> None:
+        now = _orphans(cursor)
+
+        if before is None or now is None:
+            return
+
+        cursor.execute("SELECT name FROM sqlite_master WHERE type = 'table'")
+        tables = {row[0] for row in cursor.fetchall()}
+        renamed = sum(count for table, count in before.items() if table not in tables)
+        added = now - before
+
+        if added.total() > renamed:
+            # SQLAlchemy has given up its transaction already when this raises.
+            driver.rollback()
+            raise FlaskAlembicError(
+                f"The migration would leave rows in {_quoted(added)} of database"
+                f" '{name}' that refer to rows which do not exist. It was not"
+                " committed. The check is made because the application enforces foreign"
+                " keys."
+            )
+
+    try:
+        _pragma(cursor, "foreign_keys = OFF")
+
+        with _listening(connection, commit=commit):
+            yield
+    finally:
+        connection.rollback()
+
+        if not connection.invalidated:
+            driver.rollback()
+            _pragma(cursor, "foreign_keys = ON")
+            cursor.close()
+
+
+def _pragma(cursor: t.Any, text: str) -> t.Any:
+    cursor.execute(f"PRAGMA {text}")
+    return (cursor.fetchone() or [None])[0]
+
+
+def _orphans(cursor: t.Any) -> t.Counter[str] | None:
     """How many rows of each table refer to nothing; ``None`` if SQLite cannot tell."""
-    found: dict[str, int] = {}
+    from collections import Counter
 
     try:
         cursor.execute("PRAGMA foreign_key_check")
@@ -2983,10 +2690,7 @@ def _orphans(cursor: t.Any) -> dict[str, int] | None:
 
         raise
 
-    for row in cursor.fetchall():
-        found[row[0]] = found.get(row[0], 0) + 1
-
-    return found
+    return Counter(row[0] for row in cursor.fetchall())
 
 
 # -- Autogenerate ----------------------------------------------------------------------
@@ -2996,23 +2700,20 @@ def _stock_template(kind: str) -> str:
     """The path of a template that comes with Alembic, found without importing it."""
     import importlib.util
 
-    spec = importlib.util.find_spec("alembic")
-    assert spec is not None and spec.origin is not None
-    return os.path.join(
-        os.path.dirname(spec.origin), "templates", kind, "script.py.mako"
-    )
+    spec: t.Any = importlib.util.find_spec("alembic")
+    folder = os.path.dirname(spec.origin)
+    return os.path.join(folder, "templates", kind, "script.py.mako")
 
 
 def _same_content(*paths: str) -> bool:
-    contents = set()
+    from pathlib import Path
 
-    for path in paths:
-        with open(path, "rb") as file:
-            contents.add(file.read().replace(b"\r\n", b"\n"))
-
-    return len(contents) == 1
+    # However a version control system has ended the lines.
+    texts = {Path(path).read_bytes().replace(b"\r\n", b"\n") for path in paths}
+    return len(texts) == 1
 
 
+@_explained_heads()
 def _place(
     settings: _Settings,
     script: ScriptDirectory,
@@ -3024,13 +2725,11 @@ def _place(
     """Where a new revision goes: its parents, its labels and its folder."""
     labels = _as_list(label)
     known = {each for s in script.walk_revisions() for each in s.branch_labels}
-    used = sorted(known.intersection(labels))
 
-    if used:
+    if used := known.intersection(labels):
         raise _command_error(f"There is a branch {_quoted(used)} already.")
 
     parents = _as_list(_identifiers(parent))
-    heads = script.get_revisions(script.get_heads())
 
     if parents != ["head"]:
         if branch not in known and branch != "default":
@@ -3038,7 +2737,8 @@ def _place(
     elif branch in known:
         parents = [f"{branch}@head"]
     else:
-        # A history from elsewhere has no labels: its head is that of the default branch.
+        # A history from elsewhere has no labels: its head is the default branch's.
+        heads = script.get_revisions(script.get_heads())
         plain = [s.revision for s in heads if not s.branch_labels]
 
         if branch != "default" or not plain:
@@ -3049,20 +2749,16 @@ def _place(
         else:
             parents = plain
 
-    with _explained_heads():
-        found = [s for each in parents for s in _scripts(script, each)]
+    found = [s.revision for each in parents for s in _scripts(script, each)]
+    places = {name: folder for name, folder in settings.branches if name is not None}
 
-    places = dict(pair for pair in settings.branches if pair[0] is not None)
-
-    if path is not None:
-        folder = places.get(os.fspath(path)) or _folder(settings.root, path, "path")
-    elif branch in places:
-        folder = places[branch]
+    if path is None:
+        folder = places.get(branch, settings.locations[0])
     else:
-        folder = settings.locations[0]
+        folder = places.get(os.fspath(path)) or _folder(settings.root, path, "path")
 
     return {
-        "head": [s.revision for s in found] or "base",
+        "head": found or "base",
         "branch_label": list(dict.fromkeys(labels)) or None,
         "version_path": folder,
     }
@@ -3079,87 +2775,91 @@ def _generate(
 
     settings = extension._get_cache().settings
     config = _with_x(extension.config, scope.x)
+    names = extension._configured_names()
 
-    if len(extension._configured_names()) > 1:
+    if len(names) > 1:
         # A subclass may have made the configuration; the template asks for the names.
-        config.set_main_option("databases", ", ".join(extension._configured_names()))
+        config.set_main_option("databases", ", ".join(names))
 
     revisions = RevisionContext(config, script, arguments)
     compares = arguments["autogenerate"]
     heads = tuple(s.revision for s in script.get_revisions("heads"))
+    compared: list[t.Any] = []
 
     if compares or settings.is_on("revision_environment"):
         for name, context in extension.migration_contexts.items():
             revisions.template_args.update(_own_options(name).get("template_args", {}))
 
             with _comparing(context):
-                if not compares:
+                if compares:
+                    _refuse_comparison(script, context, settings)
+                    revisions.run_autogenerate(heads, context)
+                    compared.append(revisions._last_autogen_context)  # noqa: SLF001
+                else:
                     revisions.run_no_autogenerate(heads, context)
-                    continue
 
-                _refuse_behind(script, context)
-                _refuse_no_models(context, settings)
-                revisions.run_autogenerate(heads, context)
+    made = revisions.generated_revisions
 
     if compares:
-        revisions.generated_revisions = [
-            each
-            for each in revisions.generated_revisions
-            if not all(map(_is_empty, each.upgrade_ops_list))
-        ]
-        _warn_of_unnamed(extension, revisions.generated_revisions)
+        made[:] = [s for s in made if not all(map(_is_empty, s.upgrade_ops_list))]
+        _warn_of_unnamed(extension, made)
 
-    for each in revisions.generated_revisions:
+    for each in made:
         each.message = _escape_message(each.message or "", script.output_encoding)
 
-    return [each for each in revisions.generate_scripts() if each is not None]
+    given = revisions.template_args
+    scripts: list[Script | None] = []
+
+    for each in made:
+        revisions.template_args = {**given, **_rendered(each, compared)}
+        scripts.append(revisions._to_script(each))  # noqa: SLF001
+
+    return [each for each in scripts if each is not None]
 
 
 @contextlib.contextmanager
 def _comparing(context: MigrationContext) -> cabc.Iterator[None]:
     """Let the user's hooks find ``alembic.context``, as in a run of migrations."""
-    environment = context.environment_context
-    assert environment is not None
+    environment: t.Any = context.environment_context
 
-    with _RUN_LOCK, _left_as_found(context.connection):
+    if _running.get():
         # Inside a revision, the run's own environment is there, and must stay.
-        with contextlib.nullcontext() if _running.get() else environment:
-            yield
+        environment = contextlib.nullcontext()
+
+    with _RUN_LOCK, _left_as_found(context.connection), environment:
+        yield
 
 
 def _is_empty(container: t.Any) -> bool:
     return all(hasattr(op, "ops") and _is_empty(op) for op in container.ops)
 
 
-def _refuse_behind(script: ScriptDirectory, context: MigrationContext) -> None:
+def _refuse_comparison(
+    script: ScriptDirectory, context: MigrationContext, settings: _Settings
+) -> None:
+    """Refuse a database that is behind, or models that seem not to be imported."""
     name = _name_of(context)
     rows = context.get_current_heads()
     _refuse_unknown(script, rows, name)
-    pending = _upgrade_steps(script, "heads", rows)
 
-    if pending:
+    if count := len(_upgrade_steps(script, "heads", rows)):
         raise _command_error(
-            f"Database '{name}' is behind: {len(pending)} revision"
-            f"{'s are' if len(pending) > 1 else ' is'} pending. Run 'flask db upgrade'"
-            " first."
+            f"Database '{name}' is behind: {count} revision"
+            f"{'s are' if count > 1 else ' is'} pending. Run 'flask db upgrade' first."
         )
 
-
-def _refuse_no_models(context: MigrationContext, settings: _Settings) -> None:
-    """Refuse to drop every table because the models were not imported."""
     if _has_models(_as_list(context.opts["target_metadata"])):
         return
 
     assert context.connection is not None
-    found = _user_tables(
-        context.connection, settings.exclude_tables, context.version_table
-    )
+    excluded, table = settings.exclude_tables, context.version_table
+    found = _user_tables(context.connection, excluded, table)
 
     if found:
         raise FlaskAlembicError(
-            f"The metadata of database '{context.opts['database_name']}' has no table, but"
-            f" the database has {_quoted(found[:5])}{' and more' * (len(found) > 5)}: were"
-            " the models imported? To drop all tables, write an --empty revision."
+            f"The metadata of database '{name}' has no table, but the database has"
+            f" {_quoted(found[:5])}{' and more' * (len(found) > 5)}: were the models"
+            " imported? To drop all tables, write an --empty revision."
         )
 
 
@@ -3167,18 +2867,17 @@ def _warn_of_unnamed(extension: Alembic, scripts: list[MigrationScript]) -> None
     targets = extension._scope().base.targets(extension)
     sqlite = [name for name, each in targets.items() if each.identity[0] == "sqlite"]
     tokens = {token for name in sqlite for token in _tokens(extension, name)}
-    containers = [
+    containers: list[t.Any] = [
         ops
         for each in scripts
         for ops in (*each.upgrade_ops_list, *each.downgrade_ops_list)
         if getattr(ops, "upgrade_token", getattr(ops, "downgrade_token", "")) in tokens
     ]
-    tables = _unnamed_constraints(containers)
 
-    if tables:
+    if tables := _unnamed_constraints(containers):
         _logger.info(
-            "SQLite cannot alter a constraint that has no name, as on %s: give the metadata"
-            " a naming convention, sa.MetaData(naming_convention=%s).",
+            "SQLite cannot alter a constraint that has no name, as on %s: give the"
+            " metadata a naming convention, sa.MetaData(naming_convention=%s).",
             ", ".join(tables),
             _NAMING_CONVENTION,
         )
@@ -3186,42 +2885,38 @@ def _warn_of_unnamed(extension: Alembic, scripts: list[MigrationScript]) -> None
 
 def _tokens(extension: Alembic, name: str) -> tuple[str, str]:
     """The names under which the template finds a database's operations."""
+    prefix = f"{name}_"
+
     if len(extension._scope().base.names(extension)) == 1:
-        return "upgrades", "downgrades"
+        prefix = ""
+    elif name == "default":
+        with contextlib.suppress(OSError):
+            template = extension._get_cache().settings.template
 
-    with contextlib.suppress(OSError):
-        with open(extension._get_cache().settings.template, encoding="utf-8") as file:
-            # Flask-Migrate's own template names the default bind with nothing.
-            if name == "default" and "bind_names" in file.read():
-                return "_upgrades", "_downgrades"
+            with open(template, encoding="utf-8") as file:
+                # Flask-Migrate's own template names the default bind with nothing.
+                prefix = "_" if "bind_names" in file.read() else prefix
 
-    return f"{name}_upgrades", f"{name}_downgrades"
+    return f"{prefix}upgrades", f"{prefix}downgrades"
 
 
 def _produce(extension: Alembic) -> MigrationScript:
     from alembic.autogenerate import produce_migrations
     from alembic.operations.ops import MigrationScript
 
-    scripts = []
+    ups: list[t.Any] = []
+    downs: list[t.Any] = []
 
     for name, context in extension.migration_contexts.items():
         with _comparing(context):
             script = produce_migrations(context, context.opts["target_metadata"])
-            assert script.upgrade_ops is not None and script.downgrade_ops is not None
-            tokens = _tokens(extension, name)
-            script.upgrade_ops.upgrade_token, script.downgrade_ops.downgrade_token = (
-                tokens
-            )
-            scripts.append(script)
 
-    if len(scripts) == 1:
-        return scripts[0]
+        ups += script.upgrade_ops_list
+        downs += script.downgrade_ops_list
+        ups[-1].upgrade_token, downs[-1].downgrade_token = _tokens(extension, name)
 
-    return MigrationScript(
-        rev_id=None,
-        upgrade_ops=t.cast(t.Any, [each.upgrade_ops for each in scripts]),
-        downgrade_ops=t.cast(t.Any, [each.downgrade_ops for each in scripts]),
-    )
+    both: dict[str, t.Any] = {"upgrade_ops": ups, "downgrade_ops": downs}
+    return MigrationScript(rev_id=None, **both)
 
 
 def _keeping_scripts(hook: t.Any) -> t.Any:
@@ -3268,9 +2963,10 @@ def _autogenerate_hooks(
     connection: sa.Connection | None = None,
 ) -> dict[str, t.Any]:
     """A copy of the options of ``EnvironmentContext.configure`` with our hooks."""
-    default_schema = connection and connection.dialect.default_schema_name
+    default_schema = connection.dialect.default_schema_name if connection else None
     own = (version_table_schema or default_schema, version_table)
     users: dict[str, t.Any] = {k: v for k, v in options.items() if callable(v)}
+    made: set[str] = set()
 
     def is_foreign(name: str, schema: str | None) -> bool:
         schema = schema or default_schema
@@ -3290,7 +2986,7 @@ def _autogenerate_hooks(
         found = item if reflected else other
 
         if isinstance(found, sa.Table):
-            _repair_defaults(found, connection)
+            _repair_defaults(t.cast(t.Any, found), connection)
 
         user = users.get("include_object")
 
@@ -3310,16 +3006,34 @@ def _autogenerate_hooks(
             if not isinstance(column.server_default, sa.DefaultClause | None):
                 return None  # Computed, Identity: Alembic compares these elsewhere.
 
+        if connection is None:
+            _repair_defaults(args[0].table, context.connection)
+
         user = users.get("compare_server_default")
         answer: bool | None = user and user(context, *args)
         return _is_default_changed(context, *args[:2]) if answer is None else answer
+
+    def process_revision_directives(
+        context: t.Any, revision: t.Any, directives: list[t.Any]
+    ) -> None:
+        if user := users.get("process_revision_directives"):
+            user(context, revision, directives)
+
+        for script in directives:
+            both = script.upgrade_ops_list[-1:], script.downgrade_ops_list[-1:]
+
+            if context.dialect.name == "postgresql":
+                made.update(_make_enums(context.connection, *both[0], *both[1]))
+            elif context.dialect.name in ("mysql", "mariadb"):
+                for container in (*both[0], *both[1]):
+                    _order_drops(container)
 
     def render_item(type_: str, item: t.Any, context: AutogenContext) -> t.Any:
         user = users.get("render_item")
         code = user(type_, item, context) if user else False
 
         if code is False and type_ == "type":
-            return _render_type(item, context, user)
+            return _render_type(item, context, user, made)
 
         if code is False and type_ == "server_default":
             return _render_default(item, context)
@@ -3327,7 +3041,8 @@ def _autogenerate_hooks(
         return code
 
     hooks = {**options, "include_name": include_name, "include_object": include_object}
-    hooks["render_item"] = render_item
+    hooks.update(render_item=render_item)
+    hooks.update(process_revision_directives=process_revision_directives)
 
     for hook in (compare_type, compare_server_default):
         if options.get(hook.__name__, True) is not False:
@@ -3339,8 +3054,8 @@ def _autogenerate_hooks(
 def _is_excluded(name: str, schema: str | None, exclude: cabc.Sequence[str]) -> bool:
     """Whether a table is another tool's, or matched by a glob.
 
-    A glob with a dot is matched against the schema and the name, one without against the
-    name, whatever its schema.
+    A glob with a dot is matched against the schema and the name, one without against
+    the name, whatever its schema.
     """
     return any(
         fnmatch.fnmatchcase(f"{schema}.{name}" if "." in glob else name, glob)
@@ -3350,10 +3065,12 @@ def _is_excluded(name: str, schema: str | None, exclude: cabc.Sequence[str]) -> 
 
 def _repair_defaults(table: sa.Table, connection: sa.Connection | None) -> None:
     """Put right what reflection tells of server defaults."""
-    for column in table.columns:
-        if isinstance(column.server_default, sa.Computed | sa.Identity):
-            # Alembic 1.18 to 1.20 take the text of the default before they ask a callable.
-            column.server_default.arg = sa.text("")  # type: ignore[union-attr]
+    columns: dict[str, t.Any] = {each.name: each for each in table.columns}
+
+    for column in columns.values():
+        if type(column.server_default) in (sa.Computed, sa.Identity):
+            # Alembic 1.18 and later take its text before they ask the callable.
+            column.server_default.arg = sa.text("")
 
     if not connection or not getattr(connection.dialect, "is_mariadb", False):
         return
@@ -3368,7 +3085,7 @@ def _repair_defaults(table: sa.Table, connection: sa.Connection | None) -> None:
     )
 
     for name, default, extra in rows:
-        column = table.columns.get(name)
+        column = columns.get(name)
 
         if column is None or default in (None, "NULL"):
             continue
@@ -3380,29 +3097,34 @@ def _repair_defaults(table: sa.Table, connection: sa.Connection | None) -> None:
             column.server_default = sa.DefaultClause(text, _reflected=True)
 
 
+#: The types that a database keeps under another name.
+_KEPT_AS: t.Final = {
+    "sqlite": ((r"CLOB", "TEXT"), (r"DOUBLE PRECISION", "REAL")),
+    "postgresql": ((r"FLOAT\((\d|1\d|2[0-4])\)", "REAL"),),
+    "mysql": ((r"REAL|FLOAT\((2[5-9]|[3-5]\d)\)", "DOUBLE"), (r"NATIONAL (.*)", r"\1")),
+}
+
+
 def _is_type_changed(context: MigrationContext, found: t.Any, wanted: t.Any) -> t.Any:
-    """False for what MariaDB and MySQL keep under another name, else no opinion."""
-    if context.dialect.name not in ("mysql", "mariadb"):
-        return None
+    """False for a type that the database keeps under another name, else no opinion."""
+    kept, name = (e.compile(dialect=context.dialect).upper() for e in (found, wanted))
+    kept = kept.partition(" CHARACTER SET")[0]
+    dialect = context.dialect.name.replace("mariadb", "mysql")
+    aliases: set[str] = set()
 
-    kept = found.compile(dialect=context.dialect).upper()
-    name, _, size = wanted.compile(dialect=context.dialect).upper().partition("(")
-    length = int(size[:-1]) if size[:-1].isdecimal() else 0
+    for pattern, alias in _KEPT_AS.get(dialect, ()):
+        if match := re.fullmatch(pattern, name):
+            aliases.add(match.expand(alias))
 
-    if name == "REAL" or (name == "FLOAT" and length > 24):
-        return False if kept.startswith("DOUBLE") else None
+    if dialect == "mysql" and (match := re.fullmatch(r"(BLOB|TEXT)\((\d+)\)", name)):
+        # The smallest that holds so many bytes, or characters of up to four bytes.
+        limits = {"TINY": 2**8, "": 2**16, "MEDIUM": 2**24, "LONG": 2**40}
 
-    if name in ("BLOB", "TEXT") and length:
-        # The smallest that holds so many bytes; a character has up to four.
-        limits = {"TINY": 2**8, "": 2**16, "MEDIUM": 2**24, "LONG": 2**34}
-        needed = length * (4 if name == "TEXT" else 1)
-        fits = {
-            next(kind for kind, limit in limits.items() if size < limit) + name
-            for size in (length, needed)
-        }
-        return False if kept.partition(" ")[0] in fits else None
+        for size in (int(match[2]), int(match[2]) * (4 if match[1] == "TEXT" else 1)):
+            fitting = (kind for kind, limit in limits.items() if size < limit)
+            aliases.add(next(fitting) + match[1])
 
-    return None
+    return False if kept in aliases else None
 
 
 def _is_default_changed(
@@ -3430,11 +3152,14 @@ def _is_default_changed(
         before, after = _literal(old, dialect), _literal(new, dialect)
 
         if before is not None and after is not None:
-            # Alembic writes a string without the quotes at its ends, should it have any.
+            # Alembic writes a string without the quotes at its ends, if there are.
             if before in (after, re.sub("^'|'$", "", after)) or (
                 _value(before, found.type) == _value(after, found.type)
             ):
                 return False
+
+            if dialect.name != "postgresql":
+                return True
         elif before is not None or after is not None or "nextval" in old:
             # Today's date is no function, even while the two are equal.
             return True
@@ -3463,6 +3188,7 @@ def _sql_key(sql: str, dialect: sa.Dialect) -> tuple[str, tuple[str, ...]]:
     strings = re.findall(string, sql, re.S)
     code = _CAST.sub("", re.sub(string, "''", sql, flags=re.S))
     code = re.sub(r"\s+", "", code).lower()
+    code = re.sub(r"\(\(((?:[^()]|\(\))*)\)\)", r"(\1)", code)
 
     while code.startswith("("):
         ends = (n for n in range(1, len(code)) if _is_balanced(code[: n + 1]))
@@ -3539,7 +3265,7 @@ def _is_same_sql(
 
         with contextlib.nullcontext() if autocommit else connection.begin_nested():
             return bool(connection.scalar(sa.select(sa.literal_column(test))))
-    except sa.exc.DBAPIError:
+    except exc.DBAPIError:
         return False
 
 
@@ -3551,23 +3277,125 @@ def _render_default(item: t.Any, context: AutogenContext) -> str | t.Literal[Fal
     impl = context.migration_context.impl
     text = getattr(item.arg, "text", "") if item.reflected else ""
     text = text or impl.render_ddl_sql_expr(item.arg, is_server_default=True)
-    safe = re.sub(r"(?<![:\w\\]):(?=\w)(?!\w+:)", r"\\:", text)
+    safe = _with_colons(text)
     prefix = context.opts["sqlalchemy_module_prefix"] or ""
     return f"{prefix}text({safe!r})" if safe != text else False
 
 
+def _order_drops(container: t.Any) -> None:
+    """Drop no index that a foreign key needs: MariaDB and MySQL refuse it."""
+    from alembic.operations import ops
+
+    dropped = [op for op in container.ops if isinstance(op, ops.DropTableOp)]
+    names = {(op.schema, op.table_name) for op in dropped}
+
+    for table in [op for op in container.ops if isinstance(op, ops.ModifyTableOps)]:
+        if (table.schema, table.table_name) in names:
+            # These go with their table.
+            table.ops[:] = [
+                op for op in table.ops if not isinstance(op, ops.DropIndexOp)
+            ]
+
+        table.ops.sort(
+            key=lambda op: (
+                not isinstance(op, ops.DropConstraintOp)
+                or op.constraint_type != "foreignkey"
+            )
+        )
+
+        if not table.ops:
+            container.ops.remove(table)
+
+
+def _enum_of(type_: t.Any) -> t.Any:
+    """The type that PostgreSQL has to have before a column can have it."""
+    type_ = getattr(type_, "item_type", type_)
+    type_ = type_.impl if isinstance(type_, sa.TypeDecorator) else type_
+    return type_ if isinstance(type_, sa.Enum) and type_.native_enum else None
+
+
+def _make_enums(connection: t.Any, upgrade: t.Any, downgrade: t.Any) -> set[str]:
+    """Make the enums of new columns before them, and drop new enums in the downgrade.
+
+    Alembic makes an enum with each new table, even if it is there, and never else.
+
+    :return: The enums that a table must not make.
+    """
+    from alembic.operations import ops
+
+    preparer = connection.dialect.identifier_preparer
+    found: t.Any = sa.inspect(connection)
+    made = {
+        _full_name(None if enum["visible"] else enum["schema"], enum["name"])
+        for enum in found.get_enums("*")
+    }
+    new: dict[str, t.Any] = {}
+
+    def visit(op: t.Any) -> None:
+        for each in getattr(op, "ops", ()):
+            visit(each)
+
+        is_table = isinstance(op, ops.CreateTableOp)
+        columns: list[t.Any] = (
+            [*op.columns] if is_table else [getattr(op, "column", op)]
+        )
+
+        for each in columns:
+            enum = _enum_of(getattr(each, "type", getattr(each, "modify_type", None)))
+            name = enum and _full_name(enum.schema, enum.name)
+
+            if name and name not in made and not (is_table and name in new):
+                new[name] = enum, is_table
+
+    visit(upgrade)
+    text: t.Any = sa.String()
+    literal: t.Any = text.literal_processor(connection.dialect)
+
+    for name, (enum, is_table) in new.items():
+        type_ = preparer.format_type(enum)
+        downgrade.ops.append(ops.ExecuteSQLOp(_with_colons(f"DROP TYPE {type_}")))
+
+        if not is_table:
+            labels = ", ".join(map(literal, enum.enums))
+            create = f"CREATE TYPE {type_} AS ENUM ({labels})"
+            upgrade.ops.insert(0, ops.ExecuteSQLOp(_with_colons(create)))
+            made.add(name)
+
+    return made
+
+
+def _with_colons(sql: str) -> str:
+    """SQL for ``text()``, which would take a colon for a parameter."""
+    return re.sub(r"(?<![:\w\\]):(?=\w)(?!\w+:)", r"\\:", sql)
+
+
 def _render_type(
-    type_: sa.types.TypeEngine[t.Any], context: AutogenContext, user: t.Any = None
+    type_: sa.types.TypeEngine[t.Any],
+    context: AutogenContext,
+    user: t.Any = None,
+    made: cabc.Collection[str] = (),
 ) -> str | t.Literal[False]:
-    """The code of a type; False for a plain one of SQLAlchemy's, which Alembic knows."""
+    """The code of a type; False for a plain one of SQLAlchemy's: Alembic knows it.
+
+    :param made: The enums that need not be made again.
+    """
     variants: cabc.Mapping[str, t.Any] = getattr(type_, "_variant_mapping", {})
     parts = (type_, getattr(type_, "item_type", type_))
+    enum = _enum_of(type_)
+    is_made = enum is not None and _full_name(enum.schema, enum.name) in made
 
-    if not variants and all(map(_is_sqlalchemys, parts)):
+    if not variants and not is_made and all(map(_is_sqlalchemys, parts)):
         return False
 
     def render(part: t.Any) -> str:
         code = user("type", part, context) if user and part is not type_ else False
+
+        if code is False and enum and is_made and not hasattr(part, "item_type"):
+            context.imports.add("from sqlalchemy.dialects import postgresql")
+            labels = ", ".join(map(repr, enum.enums))
+            names = f"name={str(enum.name)!r}, schema={enum.schema!r}"
+            return f"postgresql.ENUM({labels}, {names}, create_type=False)"
+
         return _type_code(part, context, render) if code is False else str(code)
 
     code = render(type_)
@@ -3576,6 +3404,10 @@ def _render_type(
         code += f".with_variant({render(variant)}, {dialect!r})"
 
     return code
+
+
+def _is_array(type_: t.Any) -> bool:
+    return isinstance(type_, sa.ARRAY)
 
 
 def _is_sqlalchemys(type_: t.Any) -> bool:
@@ -3589,8 +3421,9 @@ def _type_code(
     prefix: str = context.opts["sqlalchemy_module_prefix"] or ""
     user_prefix: str | None = context.opts["user_module_prefix"]
     dialect = context.migration_context.dialect
+    has_variants = bool(getattr(type_, "_variant_mapping", None))
 
-    if isinstance(type_, sa.ARRAY) and _is_sqlalchemys(type_):
+    if _is_array(type_) and _is_sqlalchemys(type_):
         flags = ("as_tuple", "dimensions", "zero_indexes")
         given = [f"{key}={value!r}" for key in flags if (value := getattr(type_, key))]
         return f"{prefix}ARRAY({', '.join([render(type_.item_type), *given])})"
@@ -3606,9 +3439,12 @@ def _type_code(
         exec("\n".join(imports), scope)
         made = eval(code, scope)
 
-        if isinstance(type_, type(made)) and _ddl(type_, dialect) == _ddl(
-            made, dialect
-        ):
+        is_same = isinstance(type_, type(made)) and (
+            # With variants, the SQL is perhaps that of another type.
+            has_variants or _ddl(type_, dialect) == _ddl(made, dialect)
+        )
+
+        if is_same:
             context.imports.update(imports)
             return code
 
@@ -3616,15 +3452,15 @@ def _type_code(
         return render(type_.load_dialect_impl(dialect))
 
     return (
-        f"type({type(type_).__name__!r}, ({prefix}types.UserDefinedType,),"
-        f" dict(cache_ok=True, get_col_spec=lambda *_, **kw: {_ddl(type_, dialect)!r}))()"
+        f"type({type(type_).__name__!r}, ({prefix}types.UserDefinedType,), dict("
+        f"cache_ok=True, get_col_spec=lambda *_, **kw: {_ddl(type_, dialect)!r}))()"
     )
 
 
 def _qualified(type_: t.Any, prefix: str) -> tuple[str, set[str]]:
     """The repr() of a type with modules before its names, and their imports."""
-    kind = type(type_)
-    module: str = kind.__module__
+    kind, *bases = type(type_).__mro__
+    module = kind.__module__
     first = kind.__name__
     imports: set[str] = set()
     tree = ast.parse(repr(type_), mode="eval")
@@ -3641,7 +3477,7 @@ def _qualified(type_: t.Any, prefix: str) -> tuple[str, set[str]]:
         if dialect := re.match(r"sqlalchemy\.dialects\.(\w+)", module):
             if name == first:
                 # A driver's own class is private, the one that it extends is not.
-                names = (base.__name__ for base in kind.__mro__)
+                names = (base.__name__ for base in (kind, *bases))
                 name = next(each for each in names if not each.startswith("_"))
 
             owner = dialect[1] if hasattr(sys.modules[dialect[0]], name) else ""
@@ -3662,7 +3498,7 @@ def _qualified(type_: t.Any, prefix: str) -> tuple[str, set[str]]:
 def _ddl(type_: sa.types.TypeEngine[t.Any], dialect: sa.Dialect) -> str:
     try:
         return type_.compile(dialect=dialect)
-    except sa.exc.CompileError:  # A variant for another database.
+    except exc.CompileError:  # A variant for another database.
         return repr(type_)
 
 
@@ -3706,34 +3542,33 @@ def _user_tables(
 def _unnamed_constraints(
     script_ops: cabc.Iterable[UpgradeOps | DowngradeOps],
 ) -> list[str]:
-    """The tables whose constraints a batch operation could not name."""
+    """The tables with a constraint whose name a batch operation would have to know."""
     from alembic.operations import ops
 
-    found: set[str] = set()
-
-    for container in script_ops:
-        for table in container.ops:
-            for op in table.ops if isinstance(table, ops.ModifyTableOps) else ():
-                if isinstance(op, ops.AddConstraintOp | ops.DropConstraintOp):
-                    name = getattr(op, "constraint_name", None)
-
-                    if not isinstance(name, str):
-                        found.add(_full_name(table.schema, table.table_name))
-
-    return sorted(found)
+    return sorted(
+        {
+            _full_name(table.schema, table.table_name)
+            for container in script_ops
+            for table in container.ops
+            if isinstance(table, ops.ModifyTableOps)
+            for op in table.ops
+            if isinstance(op, ops.AddConstraintOp | ops.DropConstraintOp)
+            and not isinstance(getattr(op, "constraint_name", None), str)
+        }
+    )
 
 
 def _full_name(*names: str | None) -> str:
-    return ".".join(str(name) for name in names if name)
+    return ".".join(name for name in names if name)
 
 
 def _differences(diffs: cabc.Iterable[t.Any]) -> list[str]:
     """Alembic's differences in words, a line each."""
-    lines = []
+    lines: list[str] = []
 
     for diff in diffs:
         if isinstance(diff, list):
-            lines += _differences(t.cast("list[t.Any]", diff))
+            lines += _differences(t.cast(t.Any, diff))
         else:
             lines.append(" ".join(_in_words(*diff).split()))
 
@@ -3742,43 +3577,92 @@ def _differences(diffs: cabc.Iterable[t.Any]) -> list[str]:
 
 def _in_words(kind: str, *rest: t.Any) -> str:
     verb, _, noun = kind.partition("_")
-    words = {"fk": "foreign key", "constraint": "constraint"}
+    verb = {"remove": "drop", "modify": "change"}.get(verb, verb)
 
-    if verb == "modify":
-        schema, table, column, _, old, new = rest
-        old, new = (_value_in_words(noun, each) for each in (old, new))
+    if verb == "change" and len(rest) == 6:
+        names, old, new = rest[:3], *map(_in_sql, rest[4:])
         noun = {"default": "server default"}.get(noun, noun)
-        return f"change {noun} of '{_full_name(schema, table, column)}' from {old} to {new}"
+        return f"change {noun} of '{_full_name(*names)}' from {old} to {new}"
 
-    if noun == "column":
-        schema, table, column = rest
-        return f"{verb} column '{_full_name(schema, table, column.name)}'"
+    if noun == "column" and len(rest) == 3:
+        return f"{verb} column '{_full_name(*rest[:2], rest[2].name)}'"
 
-    item = rest[0]
+    item = rest[0] if rest else None
 
-    if noun == "table":
-        return f"{verb} table '{_full_name(item.schema, item.name)}'"
+    if isinstance(item, sa.Table):
+        noun = noun.replace("table_comment", "comment of table")
+        text = f" {item.comment!r}" if noun != "table" and verb == "add" else ""
+        return f"{verb} {noun} '{_full_name(item.schema, item.name)}'{text}"
 
-    if noun == "table_comment":
-        place = f"table '{_full_name(item.schema, item.name)}'"
-        return (
-            f"drop comment of {place}"
-            if verb == "remove"
-            else (f"set comment of {place} to {item.comment!r}")
-        )
+    if isinstance(item, sa.Index | sa.Constraint) and item.table is not None:
+        noun = item.__visit_name__.replace("foreign_key_constraint", "foreign key")
+        noun = noun.replace("table_or_column_", "")
+        keys: t.Any = getattr(item, "expressions", getattr(item, "columns", ()))
+        columns = ", ".join(getattr(key, "name", None) or str(key) for key in keys)
+        name = f"'{item.name}'" if isinstance(item.name, str) else f"({columns})"
+        table = _full_name(item.table.schema, item.table.name)
+        return f"{verb} {noun.replace('_', ' ')} {name} on '{table}'"
 
-    table = getattr(item, "table", None)
+    return f"{kind.replace('_', ' ')} {', '.join(map(repr, rest))}"
 
-    if table is None:
-        return " ".join([verb, noun.replace("_", " "), *map(str, rest)])
 
-    noun = {
-        "fk": "foreign key",
-        "constraint": item.__visit_name__.replace("_", " ").replace("constraint", ""),
-    }.get(noun, noun)
-    columns = ", ".join(getattr(each, "name", str(each)) for each in item.columns)
-    name = f"'{item.name}'" if isinstance(item.name, str) else f"({columns})"
-    return f"{verb} {noun} {name} on '{_full_name(table.schema, table.name)}'"
+def _in_sql(value: t.Any) -> str:
+    """Either side of a change, as one would write it."""
+    if isinstance(value, sa.DefaultClause):
+        value = value.arg if isinstance(value.arg, str) else str(value.arg)
+
+    return repr(value) if isinstance(value, str | sa.Enum) else str(value)
+
+
+def _rendered(script: t.Any, contexts: cabc.Sequence[t.Any]) -> dict[str, t.Any]:
+    """The template's variables with each database's operations in its own dialect.
+
+    Alembic renders those of all databases with the options of the last one, so that
+    batches, types and defaults of the others are wrong.
+    """
+    from alembic.autogenerate import render
+    from alembic.operations.ops import MigrationScript
+
+    parts = list(zip(script.upgrade_ops_list, script.downgrade_ops_list, strict=True))
+    variables: dict[str, t.Any] = {}
+    imports: set[str] = set(script.imports)
+
+    if len(parts) != len(contexts):
+        return variables  # A user's hook made this one: Alembic's own way.
+
+    for (upgrade, downgrade), context in zip(parts, contexts, strict=True):
+        context.imports = imports
+        part = MigrationScript(None, upgrade_ops=upgrade, downgrade_ops=downgrade)
+
+        with warnings.catch_warnings():
+            if context.dialect.name == "sqlite":
+                # The command line warns of these, with the convention to paste.
+                warnings.filterwarnings("ignore", "Autogenerate rendered a drop_constr")
+
+            render._render_python_into_templatevars(context, part, variables)  # pyright: ignore[reportPrivateUsage]  # noqa: SLF001
+
+    script._needs_render = False  # noqa: SLF001
+    return {**variables, "imports": "\n".join(sorted(imports))}
+
+
+@contextlib.contextmanager
+def _colons_kept() -> cabc.Generator[None]:
+    """Have tables reflected with the colons that are in their defaults.
+
+    SQLAlchemy takes ``:1`` in ``'{"a":1}'`` for a parameter, and a batch operation,
+    which makes the table anew from what it reflects, would write NULL in its place.
+    """
+
+    def escape(inspector: t.Any, table: t.Any, info: t.Any) -> None:
+        if isinstance(info.get("default"), str):
+            info["default"] = _with_colons(info["default"])
+
+    event.listen(sa.Table, "column_reflect", escape)
+
+    try:
+        yield
+    finally:
+        event.remove(sa.Table, "column_reflect", escape)
 
 
 # -- Quick look ------------------------------------------------------------------------

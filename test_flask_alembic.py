@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import collections.abc as cabc
 import concurrent.futures
@@ -10,8 +11,10 @@ import dataclasses
 import decimal
 import enum
 import functools
+import gc
 import importlib
 import importlib.util
+import inspect
 import itertools
 import json
 import logging
@@ -42,6 +45,7 @@ import sqlalchemy as sa
 from alembic.config import Config
 from alembic.ddl.sqlite import SQLiteImpl
 from alembic.operations import Operations
+from alembic.operations import ops
 from alembic.runtime.environment import EnvironmentContext
 from alembic.runtime.migration import MigrationContext
 from alembic.script import Script
@@ -54,6 +58,7 @@ from flask import current_app
 from flask.cli import AppGroup
 from flask.cli import ScriptInfo
 from flask.testing import FlaskCliRunner
+from hypothesis import given
 from hypothesis import strategies as st
 from sqlalchemy import event
 from sqlalchemy.dialects import mysql
@@ -1858,6 +1863,22 @@ def test_callables_of_the_user_are_called(app: Flask, metadata: sa.MetaData) -> 
     assert table_names(sqlite_file(app)) == {"alembic_version", "users"}
 
 
+def test_flask_migrates_folder_beside_a_package_is_found(
+    make_app: MakeApp, tmp_path: pathlib.Path
+) -> None:
+    """Flask-Migrate keeps it where its commands ran: beside the package."""
+    folder = tmp_path / "migrations"
+    write_revision(folder / "versions", "aa")
+    (folder / "env.py").write_text("raise AssertionError")
+    app = make_app(tmp_path / "package")
+    extension = build_sqlite(app)
+
+    with app.app_context():
+        assert [each.revision for each in extension.heads()] == ["aa"]
+
+    assert not (tmp_path / "package" / "migrations").exists()
+
+
 # -- Engines and metadata --------------------------------------------------------------
 
 #: The shape of Alembic's ``multidb`` template.
@@ -3196,8 +3217,12 @@ def test_nothing_to_do_takes_no_lock_and_writes_nothing(
     rig.upgrade()
     hold_lock(rig)
 
-    with recorded(rig.engine) as seen:
+    with recorded(rig.engine) as seen, rig.app.app_context():
         assert rig.upgrade() == []
+        assert rig.upgrade("aa") == []
+        assert rig.alembic.downgrade("aa") == []
+        assert [script.revision for script in rig.alembic.stamp("aa")] == ["aa"]
+        rig.alembic.ensure_version()
 
     writing = re.compile(r"\b(insert|update|delete|create|drop|alter|immediate)\b")
     assert not [call for call in seen if writing.search(call[0].lower())]
@@ -3508,7 +3533,7 @@ def test_failure_after_autocommit_says_what_stays(
 def test_lost_connection_is_reported_as_such(
     make_rig: MakeRig, make_database: MakeDatabase, kind: str, statement: str
 ) -> None:
-    """What cannot be given back any more does not hide the error, nor reach the pool."""
+    """What cannot be given back does not hide the error, nor reach the pool."""
     rig = make_rig(make_database(kind), lock_timeout=5)
     rig.write("aa", None, f'op.execute("{statement}")\nop.execute("SELECT 1")')
 
@@ -3861,12 +3886,19 @@ def test_sqlite_recipe_of_sqlalchemy_still_works(
     assert lite_state(engine) == before
 
 
+@pytest.mark.parametrize("by", ["create_engine", "execution_options"])
 def test_engine_in_autocommit_is_migrated_atomically(
-    make_rig: MakeRig, make_engine: MakeEngine, url: str
+    make_rig: MakeRig, make_engine: MakeEngine, url: str, by: str
 ) -> None:
     """And is in autocommit again afterwards."""
     pool = {"pool_size": 1, "max_overflow": 0, "poolclass": sa.QueuePool}
-    engine = make_engine(url, isolation_level="AUTOCOMMIT", **pool)
+    option = {"isolation_level": "AUTOCOMMIT"}
+
+    if by == "create_engine":
+        engine = make_engine(url, **pool, **option)
+    else:
+        engine = make_engine(url, **pool).execution_options(**option)
+
     rig = make_rig(url, engine=engine)
     rig.write("aa", None, GUARD_FAILING)
 
@@ -4002,13 +4034,13 @@ def test_revision_that_writes_by_another_connection_gets_a_note(
     assert rig.tables == set()
 
 
-@pytest.mark.skipif(sys.version_info < (3, 12), reason="the driver's autocommit is new")
 def test_sqlite_driver_that_is_always_in_a_transaction(
     make_rig: MakeRig, make_database: MakeDatabase, make_engine: MakeEngine
 ) -> None:
     """``autocommit=False`` of Python 3.12 opens its transactions by itself."""
+    is_new = sys.version_info >= (3, 12)
     url = make_database("sqlite")
-    engine = make_engine(url, connect_args={"autocommit": False})
+    engine = make_engine(url, connect_args={"autocommit": False} if is_new else {})
     rig = make_rig(url, engine=engine)
     before = lite_state(engine)
     rig.write("aa", None, 'op.create_table("made", sa.Column("id", sa.Integer))')
@@ -4499,6 +4531,21 @@ def test_script_of_a_range(
     assert rig.versions == {"bb"}
 
 
+def test_script_of_a_downgrade_from_where_the_database_stands(
+    make_rig: MakeRig, make_database: MakeDatabase
+) -> None:
+    """The commands write ``current:TARGET``, here relative to it."""
+    rig = make_rig(make_database("sqlite"))
+    write_shop(rig.folder)
+    rig.upgrade("h09")
+    runner = rig.app.test_cli_runner()
+    result = runner.invoke(args=["db", "downgrade", "current:-2", "--sql"])
+    assert result.exit_code == 0, result.output
+    feed_client(rig.url, result.stdout)
+    assert rig.versions == {"h07"}
+    assert rig.tables == {"users", "posts", "orders"}
+
+
 def test_script_from_two_current_heads(
     make_rig: MakeRig, make_database: MakeDatabase
 ) -> None:
@@ -4643,6 +4690,7 @@ def test_revision_sees_that_there_is_no_connection(
         'op.get_bind().execute(sa.text("SELECT 1")).scalar()',
         "sa.inspect(op.get_bind()).get_table_names()",
         'op.get_bind().scalar(sa.text("SELECT 1"))',
+        "with op.batch_alter_table('x') as batch:\n    batch.drop_column('y')",
     ],
 )
 def test_revision_that_needs_a_connection_is_named(
@@ -5102,7 +5150,7 @@ def test_eight_processes_with_an_async_driver(
 @pytest.mark.postgresql
 @pytest.mark.parametrize(
     "block",
-    ['op.execute("SELECT pg_sleep(60)")', "signal.pause()"],
+    ['op.execute("SELECT pg_sleep(60)")', "threading.Event().wait(60)"],
     ids=["awaiting", "computing"],
 )
 def test_interrupt_of_an_async_upgrade(
@@ -5112,12 +5160,13 @@ def test_interrupt_of_an_async_upgrade(
     url = make_database("postgresql")
     site = write_site(tmp_path, GUARD_SITE)
     body = f"""
-        import os, signal
+        import os, threading
         op.create_table("made", sa.Column("id", sa.Integer))
 
         if os.environ.get("STAY"):
             print("staying", flush=True)
             {block}
+            os._exit(3)
     """
     write_revision(site / "migrations", "aa", None, body)
     env = guard_env(async_url(url))
@@ -5142,7 +5191,7 @@ def test_interrupt_inside_an_async_statement(
     make_async_rig: MakeRig, make_database: MakeDatabase
 ) -> None:
     """The loop cancels it, and what the application's caller sees is Ctrl-C."""
-    rig = make_async_rig(make_database("sqlite"))
+    rig = make_async_rig(make_database("sqlite"), migration_lock_timeout=10)
     body = """
         import _thread
 
@@ -5163,6 +5212,8 @@ def test_interrupt_inside_an_async_statement(
 
     assert rig.tables == set()
     rig.write("aa")
+    # The exception's frames hold the cursor, and with it SQLite's transaction.
+    gc.collect()
     assert rig.upgrade() == ["aa"]
 
 
@@ -5210,6 +5261,9 @@ def test_greenlet_is_needed_for_async_engines_alone(tmp_path: pathlib.Path) -> N
 
 # -- Autogenerate ----------------------------------------------------------------------
 
+#: What has no public name.
+internals: t.Final[t.Any] = flask_alembic
+
 #: The parts of each table by name, each a function that makes it anew.
 Model = dict[str, dict[str, cabc.Callable[[], t.Any]]]
 
@@ -5239,7 +5293,8 @@ def set_tables(metadata: sa.MetaData, model: Model) -> None:
 
 def column(name: str, *args: t.Any, **kwargs: t.Any) -> cabc.Callable[[], t.Any]:
     """A column as a part of a model."""
-    return lambda: sa.Column(name, *args, **kwargs)
+    first: t.Any = sa.Column(name, *args, **kwargs)
+    return t.cast("cabc.Callable[[], t.Any]", first._copy)
 
 
 def assert_clean(app: Flask) -> None:
@@ -5344,7 +5399,7 @@ def decimal_literal(value: str) -> sa.ColumnElement[decimal.Decimal]:
 
 def full_model(kind: str) -> Model:
     """Tables with every kind of thing that a table can have."""
-    columns = common_columns(kind)
+    columns: list[t.Any] = list(common_columns(kind))
     no_comment: dict[str, t.Any] = {}
     comment = no_comment if kind == "sqlite" else {"comment": 'the "name", it\'s :x 5%'}
     model: Model = {
@@ -5409,6 +5464,900 @@ def test_full_model_is_clean_after_its_migration(
     assert_clean(app)
 
 
+EDITED: t.Final[Model] = {
+    "author": {
+        "id": column("id", sa.Integer, primary_key=True),
+        "name": column("name", sa.String(50)),
+        "visits": column("visits", sa.Integer, server_default="0", nullable=False),
+        "price": column("price", sa.Numeric(10, 2), server_default="0"),
+        "made": column("made", sa.DateTime),
+    },
+    "book": {"id": column("id", sa.Integer, primary_key=True)},
+}
+
+#: What is done to the model, one after another: a table, a part, and what it becomes.
+EDITS: t.Final[list[tuple[str, str, cabc.Callable[[], t.Any] | None]]] = [
+    ("tag", "id", column("id", sa.Integer, primary_key=True)),
+    ("author", "bio", column("bio", sa.Text)),
+    (
+        "author",
+        "ok",
+        column("ok", sa.Boolean, server_default=sa.false(), nullable=False),
+    ),
+    ("author", "name", column("name", sa.String(80))),
+    ("author", "name", column("name", sa.String(80), nullable=False)),
+    ("author", "visits", column("visits", sa.Integer, server_default="1")),
+    ("author", "price", column("price", sa.Numeric(12, 3), server_default="0")),
+    ("author", "made", column("made", sa.DateTime, server_default=sa.func.now())),
+    ("author", "visits", column("visits", sa.Integer)),
+    ("author", "quote", column("quote", sa.String(9), server_default="it's :x")),
+    ("author", "index", lambda: sa.Index("ix_name", "name")),
+    ("author", "index", lambda: sa.Index("ix_name", "name", unique=True)),
+    ("author", "index", None),
+    ("author", "unique", lambda: sa.UniqueConstraint("name")),
+    ("author", "unique", None),
+    ("book", "author", column("author", sa.ForeignKey("author.id"), index=True)),
+    (
+        "book",
+        "author",
+        column("author", sa.ForeignKey("author.id", ondelete="CASCADE"), index=True),
+    ),
+    ("book", "colour", column("colour", sa.Enum(Colour, name="colour"))),
+    ("tag", "colour", column("colour", sa.Enum(Colour, name="colour"))),
+    ("book", "meta", column("meta", sa.JSON, server_default='{"a":1}')),
+    ("book", "author", None),
+    ("book", "colour", None),
+    ("author", "bio", None),
+    ("author", "name", column("name", sa.String(80), nullable=False, comment="said")),
+    ("tag", "", None),
+]
+
+
+def edit(model: Model, table: str, part: str, make: t.Any) -> None:
+    """Change a copy of the model."""
+    if not part:
+        del model[table]
+    elif make is None:
+        del model[table][part]
+    else:
+        model.setdefault(table, {})[part] = make
+
+
+@pytest.mark.parametrize("names", [["default"], ["default", "other"]])
+def test_edits_of_a_model(
+    app: Flask, url: str, make_database: MakeDatabase, names: list[str]
+) -> None:
+    """Each edit gives one file that is right, both ways, in whatever database it is."""
+    urls = {"default": url}
+
+    if "other" in names:
+        urls["other"] = make_database("sqlite")
+
+    metadatas = {name: sa.MetaData(naming_convention=CONVENTION) for name in names}
+    models: dict[str, Model] = {
+        name: {table: dict(parts) for table, parts in EDITED.items()} for name in names
+    }
+    alembic = build_plain(app, urls, metadatas)
+
+    for name in names:
+        set_tables(metadatas[name], models[name])
+
+    with app.app_context():
+        alembic.revision("first")
+        alembic.upgrade()
+        assert alembic.compare_metadata() == []
+
+        for number, (table, part, make) in enumerate(EDITS):
+            name = names[number % len(names)]
+
+            for each in names:
+                edit(models[each], table, part, make)
+                set_tables(metadatas[each], models[each])
+
+            made = alembic.revision(f"{number} {table} {part} {name}")
+            is_comment = make is not None and "said" in repr(make())
+
+            if is_comment and "mysql" not in url and "postgresql" not in url:
+                assert made == []
+                continue
+
+            assert len(made) == 1, part
+            alembic.upgrade()
+            assert alembic.compare_metadata() == [], part
+            alembic.downgrade()
+            alembic.upgrade()  # What it left wrong, the next revision would hold.
+
+        alembic.downgrade("base")
+        alembic.upgrade()
+
+    assert_clean(app)
+
+
+def simple_site(
+    make_app: MakeApp, url: str, metadata: sa.MetaData, **config: t.Any
+) -> tuple[Flask, Alembic]:
+    """An application with one database and two tables in its models."""
+    app = make_app(**config)
+    set_tables(metadata, {table: dict(parts) for table, parts in EDITED.items()})
+    return app, build_plain(app, {"default": url}, {"default": metadata})
+
+
+def files_of(app: Flask) -> list[pathlib.Path]:
+    """The revision files that there are."""
+    return sorted(pathlib.Path(app.root_path, "migrations").rglob("*.py"))
+
+
+def test_nothing_to_do_writes_nothing(
+    make_app: MakeApp, make_database: MakeDatabase, metadata: sa.MetaData
+) -> None:
+    """No change, no file, and exit 0; an empty one has to be asked for."""
+    app, alembic = simple_site(make_app, make_database("sqlite"), metadata)
+
+    with app.app_context():
+        alembic.revision("first")
+        alembic.upgrade()
+        assert alembic.revision("second") == []
+
+    result = app.test_cli_runner().invoke(args=["db", "revision", "third"])
+    assert result.exit_code == 0
+    assert "No changes detected" in result.output
+    assert len(files_of(app)) == 1
+
+    with app.app_context():
+        assert len(alembic.revision("fourth", empty=True)) == 1
+
+    assert len(files_of(app)) == 2
+
+
+def test_process_revision_directives_has_its_say(
+    make_app: MakeApp, make_database: MakeDatabase, metadata: sa.MetaData
+) -> None:
+    """The user's hook may change what is written, or empty it."""
+    seen: list[t.Any] = []
+
+    def hook(context: t.Any, revision: t.Any, directives: list[t.Any]) -> None:
+        seen.append(directives[0])
+
+        if len(seen) == 1:
+            directives[0].message = "changed"
+        else:
+            directives[:] = []
+
+    app, alembic = simple_site(
+        make_app,
+        make_database("sqlite"),
+        metadata,
+        ALEMBIC_CONTEXT={"process_revision_directives": hook},
+    )
+
+    with app.app_context():
+        assert [made.doc for made in alembic.revision("first")] == ["changed"]
+        alembic.upgrade()
+        sa.Table("third", metadata, sa.Column("id", sa.Integer, primary_key=True))
+        assert alembic.revision("second") == []
+
+    assert len(seen) == 2
+    assert len(files_of(app)) == 1
+
+
+def test_metadata_without_tables_is_refused(
+    make_app: MakeApp, url: str, metadata: sa.MetaData
+) -> None:
+    """Models that were not imported would have every table dropped."""
+    app = make_app(ALEMBIC={"exclude_tables": ["spatial_*"]})
+    alembic = build_plain(app, {"default": url}, {"default": metadata})
+    execute(url, "CREATE TABLE spatial_ref_sys (id INTEGER)")
+
+    with app.app_context():
+        assert alembic.revision("nothing of ours") == []
+        execute(url, "CREATE TABLE users (id INTEGER)")
+
+        with pytest.raises(FlaskAlembicError, match="'users'"):
+            alembic.revision("drops all")
+
+    assert files_of(app) == []
+
+
+def test_excluded_tables_are_left_alone_both_ways(
+    make_app: MakeApp, url: str, metadata: sa.MetaData
+) -> None:
+    """Globs and other tools' version tables: not dropped, not made, not altered."""
+    app, alembic = simple_site(
+        make_app, url, metadata, ALEMBIC={"exclude_tables": ["spatial_*", "?ut"]}
+    )
+    sa.Table("out", metadata, sa.Column("id", sa.Integer, index=True))
+    sa.Table("spatial_now", metadata, sa.Column("other", sa.Integer))
+    execute(
+        url,
+        "CREATE TABLE spatial_ref_sys (id INTEGER UNIQUE)",
+        "CREATE TABLE spatial_now (id INTEGER)",
+        "CREATE INDEX ix_spatial ON spatial_now (id)",
+        "CREATE TABLE celery_alembic_version (id INTEGER)",
+        "CREATE TABLE alembic_version_old (id INTEGER)",
+    )
+
+    with app.app_context():
+        (made,) = alembic.revision("first")
+        source = pathlib.Path(made.path).read_text()
+        alembic.upgrade()
+        assert alembic.compare_metadata() == []
+
+    assert all(each not in source for each in ("spatial", "'out'", "alembic_version"))
+    assert "out" not in table_names(url)
+
+
+@pytest.mark.parametrize("kind", ["postgresql", "mariadb"])
+def test_excluded_tables_of_a_schema(
+    make_app: MakeApp, make_database: MakeDatabase, metadata: sa.MetaData, kind: str
+) -> None:
+    """A glob with a dot is matched against the schema and the name."""
+    url = make_database(kind)
+    default = "public" if kind == "postgresql" else sa.make_url(url).database
+    audit = f"audit_{uuid.uuid4().hex[:8]}"
+    wanted = ("public", default, audit)
+
+    def include_name(name: str | None, type_: str, parents: t.Any) -> bool:
+        return type_ != "schema" or name is None or name in wanted
+
+    app, alembic = simple_site(
+        make_app,
+        url,
+        metadata,
+        ALEMBIC={"exclude_tables": [f"{audit}.log*", f"{default}.other", "spatial*"]},
+        ALEMBIC_CONTEXT={"include_schemas": True, "include_name": include_name},
+    )
+    sa.Table("kept", metadata, sa.Column("id", sa.Integer), schema=audit)
+    sa.Table("log_new", metadata, sa.Column("id", sa.Integer), schema=audit)
+    execute(url, f"CREATE SCHEMA {audit}")
+
+    try:
+        execute(
+            url,
+            f"CREATE TABLE {audit}.log (id INTEGER)",
+            f"CREATE TABLE {audit}.spatial (id INTEGER)",
+            f"CREATE TABLE {audit}.gone (id INTEGER)",
+            "CREATE TABLE other (id INTEGER)",
+        )
+
+        with app.app_context():
+            alembic.revision("first")
+            alembic.upgrade()
+            assert alembic.compare_metadata() == []
+
+        assert table_names(url, audit) == {"log", "spatial", "kept"}
+        assert "other" in table_names(url)
+    finally:
+        execute(url, f"DROP SCHEMA {audit}" + " CASCADE" * (kind == "postgresql"))
+
+
+def test_users_filters_are_asked_first(
+    make_app: MakeApp, make_database: MakeDatabase, metadata: sa.MetaData
+) -> None:
+    """What the user's callables leave out stays out, and ours still count."""
+
+    def include_object(item: t.Any, name: str | None, *_: t.Any) -> bool:
+        return name != "author"
+
+    def include_name(name: str | None, *_: t.Any) -> bool:
+        return name != "theirs"
+
+    url = make_database("sqlite")
+    app, alembic = simple_site(
+        make_app,
+        url,
+        metadata,
+        ALEMBIC={"exclude_tables": ["ours"]},
+        ALEMBIC_CONTEXT={
+            "include_object": include_object,
+            "include_name": include_name,
+        },
+    )
+    execute(url, "CREATE TABLE ours (id INTEGER)", "CREATE TABLE theirs (id INTEGER)")
+
+    with app.app_context():
+        alembic.revision("first")
+        alembic.upgrade()
+
+    assert table_names(url) == {"alembic_version", "book", "ours", "theirs"}
+
+
+def test_database_that_is_behind(
+    make_app: MakeApp, make_database: MakeDatabase, metadata: sa.MetaData
+) -> None:
+    """One line says so, and what to type."""
+    app, alembic = simple_site(make_app, make_database("sqlite"), metadata)
+
+    with app.app_context():
+        alembic.revision("first")
+
+        with pytest.raises(CommandError, match="flask db upgrade"):
+            alembic.revision("second")
+
+    result = app.test_cli_runner().invoke(args=["db", "revision", "second"])
+    assert result.exit_code == 1
+    assert result.stderr.strip().splitlines()[-1].startswith("Error: ")
+    assert "flask db upgrade" in result.stderr
+    assert len(files_of(app)) == 1
+
+
+SHOP_TYPES: t.Final = """
+    import sqlalchemy as sa
+
+    class Money(sa.TypeDecorator):
+        impl = sa.Numeric
+        cache_ok = True
+
+    class Choice(sa.TypeDecorator):
+        impl = sa.String(7)
+        cache_ok = True
+
+        def __init__(self, choices):
+            self.choices = choices
+            super().__init__()
+
+    class Lazy(sa.TypeDecorator):
+        impl = sa.String(7)
+        cache_ok = True
+
+        def __repr__(self):
+            return "<Lazy>"
+
+    class Outer:
+        class Inner(sa.TypeDecorator):
+            impl = sa.Text
+            cache_ok = True
+
+    class Point(sa.types.UserDefinedType):
+        cache_ok = True
+
+        def __init__(self, size=9):
+            self.size = size
+
+        def get_col_spec(self, **kw):
+            return f"VARCHAR({self.size})"
+"""
+
+
+def test_types_of_other_modules(
+    make_app: MakeApp,
+    url: str,
+    metadata: sa.MetaData,
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The new file imports what it names, and names only what it can make."""
+    utils: t.Any = pytest.importorskip("sqlalchemy_utils")
+    (tmp_path / "shop").mkdir()
+    (tmp_path / "shop" / "types.py").write_text(textwrap.dedent(SHOP_TYPES))
+    path: t.Any = monkeypatch
+    path.syspath_prepend(str(tmp_path))
+    shop: t.Any = importlib.import_module("shop.types")
+
+    class Local(sa.TypeDecorator[str]):
+        impl = sa.String(5)
+        cache_ok = True
+
+    class LocalPoint(sa.types.UserDefinedType[str]):
+        cache_ok = True
+
+        def get_col_spec(self, **kw: t.Any) -> str:
+            return "VARCHAR(11)"
+
+    types: list[tuple[t.Any, str]] = [
+        (shop.Money(10, 2), "shop.types.Money(precision=10, scale=2)"),
+        (shop.Choice(["a", "b"]), "sa.String(length=7)"),
+        (shop.Lazy(), "sa.String(length=7)"),
+        (shop.Outer.Inner(), "shop.types.Outer.Inner()"),
+        (shop.Point(5), "shop.types.Point(size=5)"),
+        (Local(), "sa.String(length=5)"),
+        (LocalPoint(), "type('LocalPoint', (sa.types.UserDefinedType,), "),
+        (utils.EmailType(), "sqlalchemy_utils.types.email.EmailType("),
+        (utils.ChoiceType([("a", "A")]), "sa.Unicode(length=255)"),
+        (
+            sa.String(9).with_variant(shop.Money(5, 1), "postgresql"),
+            "sa.String(length=9).with_variant(shop.types.Money(precision=5, scale=1), "
+            "'postgresql')",
+        ),
+        (
+            sa.JSON().with_variant(postgresql.JSONB(), "postgresql"),
+            "sa.JSON().with_variant(postgresql.JSONB(astext_type=sa.Text()), "
+            "'postgresql')",
+        ),
+    ]
+
+    if "postgresql" in url:
+        types += [
+            (
+                sa.ARRAY(shop.Money(8, 2)),
+                "sa.ARRAY(shop.types.Money(precision=8, ",
+            ),
+            (sa.ARRAY(Local(), dimensions=2), "sa.ARRAY(sa.String(length=5), dimens"),
+        ]
+
+    parts = [sa.Column(f"c{n}", type_) for n, (type_, _) in enumerate(types)]
+    sa.Table("typed", metadata, sa.Column("id", sa.Integer, primary_key=True), *parts)
+    app = make_app()
+    alembic = build_plain(app, {"default": url}, {"default": metadata})
+
+    with app.app_context():
+        (made,) = alembic.revision("types")
+        source = pathlib.Path(made.path).read_text()
+        ast.parse(source)
+        assert [code for _, code in types if code not in source] == []
+        assert source.count("import shop.types\n") == 1
+        alembic.upgrade()
+        assert alembic.compare_metadata() == []
+        alembic.downgrade()
+
+    sys.modules.pop("shop.types")
+    sys.modules.pop("shop")
+
+
+def test_users_prefix_and_render_item_win(
+    make_app: MakeApp, make_database: MakeDatabase, metadata: sa.MetaData
+) -> None:
+    """What the user set for types of their own is left as it is."""
+
+    class Theirs(sa.TypeDecorator[str]):
+        impl = sa.String
+        cache_ok = True
+
+    def render_item(type_: str, item: t.Any, context: t.Any) -> t.Any:
+        return "sa.Text()" if type_ == "type" and isinstance(item, sa.Date) else False
+
+    sa.Table("t", metadata, sa.Column("a", Theirs(3)), sa.Column("b", sa.Date))
+    app = make_app(
+        ALEMBIC_CONTEXT={"user_module_prefix": "mine.", "render_item": render_item}
+    )
+    alembic = build_plain(
+        app, {"default": make_database("sqlite")}, {"default": metadata}
+    )
+
+    with app.app_context():
+        config = alembic.config
+        config.set_main_option("unused", "")
+        assert alembic.revision("first", empty=True)
+        alembic.upgrade()
+
+        with pytest.raises(NameError, match="mine"):
+            alembic.revision("second")
+            alembic.upgrade()
+
+    source = next(p for p in files_of(app) if "second" in p.name).read_text()
+    assert "sa.Column('a', mine.Theirs(length=3)" in source
+    assert "sa.Column('b', sa.Text()" in source
+
+
+def test_batch_operations_are_for_sqlite(
+    make_app: MakeApp, make_database: MakeDatabase
+) -> None:
+    """In a file for two databases, only SQLite's section has them."""
+    urls = {"default": make_database("sqlite"), "other": make_database("mariadb")}
+    metadatas = {name: sa.MetaData() for name in urls}
+    app = make_app()
+    alembic = build_plain(app, urls, metadatas)
+
+    for each in metadatas.values():
+        sa.Table("t", each, sa.Column("id", sa.Integer, primary_key=True))
+
+    with app.app_context():
+        alembic.revision("first")
+        alembic.upgrade()
+
+        for each in metadatas.values():
+            default = sa.false() if each is metadatas["default"] else sa.func.now()
+            flag = sa.Column("flag", sa.DateTime, server_default=default)
+            each.tables["t"].append_column(flag)
+
+        (made,) = alembic.revision("second")
+        source = pathlib.Path(made.path).read_text()
+        alembic.upgrade()
+        assert alembic.compare_metadata() == []
+
+    sections = {
+        node.name: ast.unparse(node)
+        for node in ast.parse(source).body
+        if isinstance(node, ast.FunctionDef)
+    }
+    assert "batch_alter_table" in sections["upgrade_default"]
+    assert "batch_alter_table" not in sections["upgrade_other"]
+
+
+def test_unchanged_database_gets_no_operations(
+    make_app: MakeApp, make_database: MakeDatabase
+) -> None:
+    """One file, with a section for each database, empty where nothing changed."""
+    urls = {name: make_database("sqlite") for name in ("default", "other")}
+    metadatas = {name: sa.MetaData() for name in urls}
+    app = make_app()
+    alembic = build_plain(app, urls, metadatas)
+    sa.Table("t", metadatas["other"], sa.Column("id", sa.Integer, primary_key=True))
+
+    with app.app_context():
+        (made,) = alembic.revision("only other")
+        alembic.upgrade()
+        assert alembic.revision("nothing") == []
+
+    module: t.Any = made.module
+    assert "pass" in inspect.getsource(module.upgrade_default)
+    assert "create_table" in inspect.getsource(module.upgrade_other)
+    assert table_names(urls["default"]) == {"alembic_version"}
+    assert table_names(urls["other"]) == {"alembic_version", "t"}
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_warning_of_unnamed_constraints(
+    make_app: MakeApp,
+    make_database: MakeDatabase,
+    caplog: pytest.LogCaptureFixture,
+    named: bool,
+) -> None:
+    """SQLite cannot alter what has no name; a convention gives it one."""
+    metadata = sa.MetaData(naming_convention=CONVENTION if named else None)
+    app, alembic = simple_site(make_app, make_database("sqlite"), metadata)
+
+    with app.app_context():
+        alembic.revision("first")
+        alembic.upgrade()
+
+    metadata.tables["author"].append_constraint(sa.UniqueConstraint("name"))
+
+    with caplog.at_level("INFO", "flask_alembic"):
+        result = app.test_cli_runner().invoke(args=["db", "revision", "second"])
+
+    assert result.exit_code == 0
+    records = [each for each in caplog.records if each.name == "flask_alembic"]
+    said = [message for each in records if "naming" in (message := each.getMessage())]
+    assert len(said) == (not named)
+    assert all('"uq": "uq_%(table_name)s' in each for each in said)
+    assert all("author" in each and "book" not in each for each in said)
+
+
+def test_naming_convention_can_be_pasted() -> None:
+    """It is a dict that SQLAlchemy takes."""
+    convention = ast.literal_eval(internals._NAMING_CONVENTION)
+    metadata = sa.MetaData(naming_convention=convention)
+    table = sa.Table("t", metadata, sa.Column("a", sa.Integer, unique=True, index=True))
+    assert {index.name for index in table.indexes} == {"ix_t_a"}
+    assert set(convention) == set(CONVENTION)
+
+
+MESSAGES: t.Final = [
+    "plain",
+    'say "hello"',
+    '"""',
+    'ends with a quote"',
+    'four """" and five """""',
+    "it's",
+    "back\\slash \\n \\N{DASH} \\",
+    'both \\"""',
+    "two\nlines",
+    "carriage\rreturn",
+    "Приветствие, 你好, ☃",
+    "bell \a, null \0, tab \t",
+    "half \ud83d of a pair",
+    '"""\nimport os\nos._exit(3)\n"""',
+    "${1 + 1} <% raise %> % if ##",
+    "next \x85 line \u2028 separator",
+]
+
+
+@pytest.mark.parametrize("message", MESSAGES, ids=range(len(MESSAGES)))
+def test_message_is_never_code(
+    make_app: MakeApp, make_database: MakeDatabase, message: str
+) -> None:
+    """The file of a message is valid, and its docstring reads as the message does."""
+    app = make_app()
+    urls, metadatas = {"default": make_database("sqlite")}, {"default": sa.MetaData()}
+    alembic = build_plain(app, urls, metadatas)
+
+    with app.app_context():
+        (made,) = alembic.revision(message, empty=True)
+        tree = ast.parse(pathlib.Path(made.path).read_bytes())
+        assert (ast.get_docstring(tree, clean=False) or "").startswith(message + "\n")
+        alembic.upgrade()
+
+
+@given(message=st.text(), encoding=st.sampled_from(["utf-8", "ascii", "cp1252"]))
+def test_any_message_is_one_string(message: str, encoding: str) -> None:
+    """Between the quotes stands what reads as the message, in the file's encoding."""
+    text = internals._escape_message(message, encoding)
+    assert text.encode(encoding).decode(encoding) == text
+
+    assert ast.literal_eval(f'"""{text}"""') == message
+    assert ast.literal_eval(f'"""{text}\n"""') == message + "\n"
+
+
+def test_template_and_write_hooks_of_the_application(
+    make_app: MakeApp,
+    make_database: MakeDatabase,
+    metadata: sa.MetaData,
+    tmp_path: pathlib.Path,
+) -> None:
+    """An own script.py.mako wins, and post_write_hooks run on what it made."""
+    script = tmp_path / "hook.py"
+    script.write_text("import sys\nopen(sys.argv[1], 'a').write('# hooked\\n')\n")
+    app, alembic = simple_site(
+        make_app,
+        make_database("sqlite"),
+        metadata,
+        ALEMBIC={
+            "post_write_hooks": {
+                "hooks": "mark",
+                "mark.type": "exec",
+                "mark.executable": sys.executable,
+                "mark.options": f"{script} REVISION_SCRIPT_FILENAME",
+            }
+        },
+    )
+    template = pathlib.Path(app.root_path, "migrations", "script.py.mako")
+    template.write_text(template.read_text() + "\n# our own template\n")
+    result = app.test_cli_runner().invoke(args=["db", "revision", "first"])
+    assert result.exit_code == 0, result.output
+    (file,) = files_of(app)
+    assert str(file) in result.output.replace("\n", "")
+    assert file.read_text().endswith("# our own template\n# hooked\n")
+
+    with app.app_context():
+        alembic.upgrade()
+
+
+def test_check_says_what_differs(
+    make_app: MakeApp, make_database: MakeDatabase, metadata: sa.MetaData
+) -> None:
+    """Exit 1 and a line for each difference; looking leaves no table behind."""
+    url = make_database("sqlite")
+    app, alembic = simple_site(make_app, url, metadata)
+    result = app.test_cli_runner().invoke(args=["db", "check"])
+    assert result.exit_code == 1
+    assert "add table 'author'" in result.stdout
+    assert "add table 'book'" in result.stdout
+    assert table_names(url) == set()
+
+    with app.app_context():
+        alembic.revision("first")
+        alembic.upgrade()
+
+    assert_clean(app)
+
+
+def test_check_names_several_heads(
+    make_app: MakeApp, make_database: MakeDatabase, metadata: sa.MetaData
+) -> None:
+    """Several heads of a branch are a difference of their own."""
+    app, _ = simple_site(make_app, make_database("sqlite"), metadata)
+    folder = pathlib.Path(app.root_path, "migrations")
+
+    for rev, down in (("aaaa", None), ("bbbb", "aaaa"), ("cccc", "aaaa")):
+        write_revision(folder, rev, down)
+
+    result = app.test_cli_runner().invoke(args=["db", "check"])
+    assert result.exit_code == 1
+    assert "flask db merge" in result.output
+    assert "bbbb" in result.output and "cccc" in result.output
+
+
+def test_differences_in_words() -> None:
+    """Each of Alembic's differences is a line that a person can read."""
+    metadata = sa.MetaData()
+    table = sa.Table(
+        "users",
+        metadata,
+        sa.Column("name", sa.String(9)),
+        sa.UniqueConstraint("name"),
+        sa.CheckConstraint("name <> ''", name="not_empty"),
+        sa.ForeignKeyConstraint(["name"], ["other.id"], name="fk_other"),
+        sa.Index("ix_a", "name"),
+        sa.Index("ix_low", sa.text("lower(name)")),
+        schema="app",
+        comment="said",
+    )
+    by_kind = {type(each).__name__: each for each in table.constraints}
+    by_name = {str(each.name): each for each in table.indexes}
+    name, kw = table.c.name, dict[str, t.Any]()
+    default = sa.DefaultClause(sa.text("now()"))
+    modify = (None, "users", "age", kw)
+    cases: list[tuple[t.Any, str]] = [
+        (("add_table", table), "add table 'app.users'"),
+        (("remove_table", table), "drop table 'app.users'"),
+        (("add_column", None, "users", name), "add column 'users.name'"),
+        (("remove_column", "app", "users", name), "drop column 'app.users.name'"),
+        (("add_index", by_name["ix_a"]), "add index 'ix_a' on 'app.users'"),
+        (("remove_index", by_name["ix_low"]), "drop index 'ix_low' on 'app.users'"),
+        (
+            ("add_constraint", by_kind["UniqueConstraint"]),
+            "add unique constraint (name) on 'app.users'",
+        ),
+        (
+            ("remove_constraint", by_kind["CheckConstraint"]),
+            "drop check constraint 'not_empty' on 'app.users'",
+        ),
+        (
+            ("add_fk", by_kind["ForeignKeyConstraint"]),
+            "add foreign key 'fk_other' on 'app.users'",
+        ),
+        (("add_table_comment", table, None), "add comment of table 'app.users' 'said'"),
+        (("remove_table_comment", table), "drop comment of table 'app.users'"),
+        (
+            [("modify_type", *modify, sa.INTEGER(), sa.BIGINT())],
+            "change type of 'users.age' from INTEGER to BIGINT",
+        ),
+        (
+            [("modify_nullable", *modify, True, False)],
+            "change nullable of 'users.age' from True to False",
+        ),
+        (
+            [("modify_default", *modify, None, default)],
+            "change server default of 'users.age' from None to 'now()'",
+        ),
+        (
+            [("modify_comment", *modify, "a", None)],
+            "change comment of 'users.age' from 'a' to None",
+        ),
+        (("something_new", 1, "x"), "something new 1, 'x'"),
+    ]
+    diffs = [diff for diff, _ in cases]
+    assert internals._differences(diffs) == [words for _, words in cases]
+
+
+#: A column's type, the default that it has, and the one that it should have.
+CHANGES: t.Final[list[tuple[t.Any, t.Any, t.Any]]] = [
+    (sa.Integer, "0", "1"),
+    (sa.Integer, None, "0"),
+    (sa.Integer, "0", None),
+    (sa.Numeric(10, 2), "0", "0.01"),
+    (sa.Boolean, sa.false(), sa.true()),
+    (sa.String(20), "a", "A"),
+    (sa.String(20), "a b", "a  b"),
+    (sa.String(20), "(a)", "a"),
+    (sa.String(20), "", None),
+    (sa.String(20), "it's", "its"),
+    (sa.DateTime, sa.func.now(), "2020-01-01 00:00:00"),
+    (sa.DateTime, "2020-01-01 00:00:00", sa.func.now()),
+    (sa.DateTime, "2020-01-01 00:00:00", "2020-01-02 00:00:00"),
+    (sa.Date, "2020-01-01", sa.text("(CURRENT_DATE)")),
+    (sa.JSON, '{"a": 1}', '{"a": 2}'),
+    (sa.Integer, sa.text("(1+2)"), sa.text("(1+3)")),
+]
+
+
+def test_real_changes_of_defaults_are_found(
+    app: Flask, url: str, metadata: sa.MetaData
+) -> None:
+    """None of what is forgiven to the databases hides a change of the model."""
+    alembic = build_plain(app, {"default": url}, {"default": metadata})
+
+    def define(index: int) -> None:
+        key: list[sa.Column[t.Any]] = [sa.Column("id", sa.Integer, primary_key=True)]
+        parts = [
+            sa.Column(f"c{n:02}", case[0], server_default=case[index])
+            for n, case in enumerate(CHANGES)
+        ]
+        metadata.clear()
+        sa.Table("t", metadata, *key, *parts)
+
+    define(1)
+
+    with app.app_context():
+        alembic.revision("first")
+        alembic.upgrade()
+        define(2)
+        found = [each[3] for (each,) in alembic.compare_metadata()]
+        assert found == [f"c{n:02}" for n in range(len(CHANGES))]
+        alembic.revision("second")
+        alembic.upgrade()
+        assert alembic.compare_metadata() == []
+
+
+@pytest.mark.parametrize("answer", [True, False, None])
+def test_users_comparison_goes_first(
+    make_app: MakeApp,
+    make_database: MakeDatabase,
+    metadata: sa.MetaData,
+    answer: bool | None,
+) -> None:
+    """Its True or False is the answer; None leaves the question to us."""
+    url = make_database("sqlite")
+    asked: list[str] = []
+
+    def compare(context: t.Any, found: t.Any, wanted: t.Any, *_: t.Any) -> bool | None:
+        asked.append(wanted.name)
+        return answer
+
+    app = make_app(ALEMBIC_CONTEXT={"compare_server_default": compare})
+    alembic = build_plain(app, {"default": url}, {"default": metadata})
+    model: Model = {
+        "t": {
+            "id": column("id", sa.Integer, primary_key=True),
+            "a": column("a", sa.Integer, server_default="1"),
+            "more": column("more", sa.Integer, sa.Computed("id + 1", persisted=True)),
+        }
+    }
+    set_tables(metadata, model)
+
+    with app.app_context():
+        alembic.revision("first")
+        alembic.upgrade()
+        edit(model, "t", "a", column("a", sa.Integer, server_default="2"))
+        set_tables(metadata, model)
+        assert bool(alembic.compare_metadata()) is (answer is not False)
+
+    assert asked == ["a"]
+
+
+def test_comparison_can_be_off(
+    make_app: MakeApp, make_database: MakeDatabase, metadata: sa.MetaData
+) -> None:
+    """False compares no server default."""
+    url = make_database("sqlite")
+    app = make_app(ALEMBIC_CONTEXT={"compare_server_default": False})
+    alembic = build_plain(app, {"default": url}, {"default": metadata})
+    sa.Table("t", metadata, sa.Column("a", sa.Integer, server_default="2"))
+    execute(url, "CREATE TABLE t (a INTEGER DEFAULT '1')")
+
+    with app.app_context():
+        assert alembic.compare_metadata() == []
+
+
+def test_colons_in_defaults_survive(
+    app: Flask, url: str, metadata: sa.MetaData
+) -> None:
+    """A batch operation and a downgrade give a column the default that it had."""
+    alembic = build_plain(app, {"default": url}, {"default": metadata})
+    key = column("id", sa.Integer, primary_key=True)
+    meta = column("meta", sa.JSON, server_default='{"a":1}')
+    text = column("text", sa.String(20), server_default="x :y")
+    longer = column("text", sa.String(30), server_default="x :y")
+    models: list[Model] = [
+        {"t": {"id": key, "text": text, "meta": meta}},
+        {
+            "t": {
+                "id": key,
+                "text": longer,
+            }
+        },
+    ]
+    set_tables(metadata, models[0])
+
+    with app.app_context():
+        alembic.revision("first")
+        alembic.upgrade()
+        set_tables(metadata, models[1])
+        alembic.revision("second")
+        alembic.upgrade()
+        assert alembic.compare_metadata() == []
+        alembic.downgrade()
+        set_tables(metadata, models[0])
+        execute(url, "INSERT INTO t (id) VALUES (1)")
+        assert alembic.compare_metadata() == []
+
+    ((value, document),) = query(url, "SELECT text, meta FROM t")
+    document = json.loads(document) if isinstance(document, str) else document
+    assert (value, document) == ("x :y", {"a": 1})
+
+
+def test_unnamed_constraints_are_found_in_tables() -> None:
+    """Only what a batch operation would have to name counts."""
+    found = internals._unnamed_constraints(
+        [
+            ops.UpgradeOps(
+                [
+                    ops.ModifyTableOps(
+                        "b",
+                        [ops.CreateUniqueConstraintOp(None, "b", ["x"], schema="s")],
+                        schema="s",
+                    ),
+                    ops.ModifyTableOps("a", [ops.DropConstraintOp(None, "a")]),
+                    ops.ModifyTableOps("c", [ops.DropConstraintOp("uq_c", "c")]),
+                    ops.ModifyTableOps("d", [ops.DropColumnOp("d", "x")]),
+                    ops.DropTableOp("e"),
+                ]
+            )
+        ]
+    )
+    assert found == ["a", "s.b"]
+
+
 # -- Quick look ------------------------------------------------------------------------
 # Alembic's own answer, from the same files, is the measure: the quick look may say
 # "don't know" (None), but where it answers it must be right.
@@ -5458,7 +6407,7 @@ def _quick_alembic_rows(*locations: str) -> tuple[ScriptDirectory, set[str] | No
 
 def _quick_steps(script: ScriptDirectory, rows: t.Any, *_: object) -> list[t.Any]:
     """Call what 'upgrade' calls."""
-    return [*script._upgrade_revs("heads", rows)]  # pyright: ignore[reportPrivateUsage]
+    return [*script._upgrade_revs("heads", rows)]  # noqa: SLF001 # pyright: ignore[reportPrivateUsage]
 
 
 def _quick_check(answer: frozenset[str] | None, *locations: str) -> None:
