@@ -189,8 +189,8 @@ def _is_user_error(error: BaseException) -> bool:
         return bool(origin == "connect")
 
     # Where Alembic was never imported, it cannot have raised.
-    exc = sys.modules.get("alembic.util.exc")
-    kinds = (FlaskAlembicError, exc.CommandError) if exc else FlaskAlembicError
+    module = sys.modules.get("alembic.util.exc")
+    kinds = (FlaskAlembicError, module.CommandError) if module else FlaskAlembicError
     return isinstance(error, kinds)
 
 
@@ -897,6 +897,8 @@ class Alembic:
         if wanted is not None:
             return wanted
 
+        new = ""
+
         for _ in range(100):
             new = str(self.rev_id())
 
@@ -1319,7 +1321,8 @@ def _options(
 
     if targets[name].engine.dialect.name == "sqlite":
         # SQLite can alter little in place, and does roll DDL back when it is asked to.
-        options = {"render_as_batch": True, "transactional_ddl": True, **options}
+        options.setdefault("render_as_batch", True)
+        options.setdefault("transactional_ddl", True)
 
     if len(targets) > 1:
         options["upgrade_token"], options["downgrade_token"] = _tokens(extension, name)
@@ -1512,7 +1515,7 @@ _looping: t.Final[ContextVar[bool]] = ContextVar("flask_alembic_looping", defaul
 
 
 @contextlib.contextmanager
-def _connect(target: _Target) -> cabc.Iterator[sa.Connection]:
+def _connect(target: _Target) -> cabc.Generator[sa.Connection]:
     """A connection, given back to its pool in the end."""
     engine, pool = target.engine, target.engine.pool
 
@@ -1570,7 +1573,7 @@ def _name_of(context: MigrationContext) -> str:
 
 
 @contextlib.contextmanager
-def _left_as_found(connection: sa.Connection | None) -> cabc.Iterator[None]:
+def _left_as_found(connection: sa.Connection | None) -> cabc.Generator[None]:
     """End the transaction that reading begins, but not one that was open before."""
     assert connection is not None
     began = not connection.in_transaction()
@@ -1687,7 +1690,7 @@ def _load_scripts(config: Config) -> tuple[ScriptDirectory, t.Any]:
 
     script = ScriptDirectory.from_config(config)
     # Alembic tells on stdout about each file that it writes; only commands print.
-    script.messaging_opts = {"quiet": True}
+    script.messaging_opts = {"quiet": True}  # pyright: ignore[reportAttributeAccessIssue]
     signature = _script_signature(script)
 
     try:
@@ -1750,7 +1753,7 @@ def _identifiers(target: RevisionTarget) -> str | tuple[str, ...]:
 
 
 @contextlib.contextmanager
-def _explained_heads() -> cabc.Iterator[None]:
+def _explained_heads() -> cabc.Generator[None]:
     """Make Alembic's "multiple heads" say which, and what to type."""
     from alembic.script.revision import MultipleHeads
     from alembic.util import CommandError
@@ -1945,7 +1948,7 @@ class _Run:
         )
 
     @contextlib.contextmanager
-    def transaction(self) -> cabc.Iterator[None]:
+    def transaction(self) -> cabc.Generator[None]:
         with self.environment.begin_transaction():
             yield
 
@@ -1990,7 +1993,7 @@ class _Run:
             report(_Progress(*place, time.monotonic() - began))
 
     def _execute(self, step: RevisionStep, /, **kwargs: t.Any) -> None:
-        if self._rechecks and self._rows != {*self.context.get_current_heads()}:
+        if self._rechecks and self._rows != frozenset(self.context.get_current_heads()):
             raise _OvertakenError
 
         try:
@@ -1999,7 +2002,7 @@ class _Run:
             error.__dict__.setdefault(_ORIGIN, "revision")
             # What comes of asking where nothing answers.
             words = ("NoneType", "MockConnection", "--sql mode", "offline")
-            kinds = (sa.exc.NoInspectionAvailable, sa.exc.CompileError)
+            kinds = (exc.NoInspectionAvailable, exc.CompileError)
             asks = isinstance(error, kinds) or any(x in str(error) for x in words)
 
             if self.connection is None and asks:
@@ -2160,14 +2163,14 @@ def _run_once(
 @contextlib.contextmanager
 def _listening(
     connection: sa.Connection, **listeners: cabc.Callable[..., t.Any]
-) -> cabc.Iterator[None]:
+) -> cabc.Generator[None]:
     """Listen to a connection's events; the pool gets it back without listeners."""
     with contextlib.ExitStack() as stack:
-        for event, listener in listeners.items():
+        for name, listener in listeners.items():
             # Only this event may replace what it is given.
-            retval = event == "before_cursor_execute"
-            sa.event.listen(connection, event, listener, retval=retval)
-            stack.callback(sa.event.remove, connection, event, listener)
+            retval = name == "before_cursor_execute"
+            event.listen(connection, name, listener, retval=retval)
+            stack.callback(event.remove, connection, name, listener)
 
         yield
 
@@ -2264,7 +2267,7 @@ def _version_rows(
     try:
         with _left_as_found(connection):
             return sorted(map(str, connection.scalars(sa.select(*table.c))))
-    except sa.exc.DBAPIError:
+    except exc.DBAPIError:
         return None
 
 
@@ -2306,7 +2309,7 @@ def _read_step(run: _Run, step: RevisionStep) -> PlannedStep:
     @contextlib.contextmanager
     def batch(
         table_name: str, schema: str | None = None, *args: t.Any, **kwargs: t.Any
-    ) -> cabc.Iterator[t.Any]:
+    ) -> cabc.Generator[t.Any]:
         impl: t.Any = types.SimpleNamespace(table_name=table_name, schema=schema)
         yield recording(operations.BatchOperations(run.context, impl=impl))
 
@@ -2348,7 +2351,7 @@ def _dropped_by(sql: str) -> list[str]:
 @contextlib.contextmanager
 def _guard(
     context: MigrationContext, connection: sa.Connection, settings: _Settings
-) -> cabc.Iterator[None]:
+) -> cabc.Generator[None]:
     name, kind = _name_of(context), connection.dialect.name
 
     if connection.in_transaction():
@@ -2436,7 +2439,7 @@ def _lock_statements(kind: str, place: str) -> tuple[sa.TextClause, sa.TextClaus
 @contextlib.contextmanager
 def _server_lock(
     name: str, connection: sa.Connection, place: str, settings: _Settings
-) -> cabc.Iterator[None]:
+) -> cabc.Generator[None]:
     """Hold the server's lock, at session level: a transaction would lose it."""
     kind = connection.dialect.name
     take, release, advice = _lock_statements(kind, place)
@@ -2450,7 +2453,7 @@ def _server_lock(
 
     try:
         _wait(name, settings.migration_lock_timeout, attempt, advice)
-    except sa.exc.DBAPIError as error:
+    except exc.DBAPIError as error:
         # Servers that speak PostgreSQL's protocol may lack the function (42883) or
         # refuse it (0A000): CockroachDB, YugabyteDB, Redshift.
         code = getattr(error.orig, "sqlstate", None) or getattr(error.orig, "pgcode", 0)
@@ -2483,7 +2486,7 @@ def _restore(connection: sa.Connection, action: cabc.Callable[[], t.Any]) -> Non
         if not connection.invalidated:
             action()
             connection.commit()
-    except sa.exc.DBAPIError:
+    except exc.DBAPIError:
         connection.invalidate()
     except BaseException:
         connection.invalidate()
@@ -2493,7 +2496,7 @@ def _restore(connection: sa.Connection, action: cabc.Callable[[], t.Any]) -> Non
 @contextlib.contextmanager
 def _server_timeouts(
     connection: sa.Connection, settings: _Settings
-) -> cabc.Iterator[None]:
+) -> cabc.Generator[None]:
     """Set the session's timeouts, and what they were before afterwards."""
     show, change = "SELECT @@SESSION.{}", "SET SESSION {} = {}"
 
@@ -2548,7 +2551,7 @@ def _timeout_values(dialect: sa.Dialect, settings: _Settings) -> dict[str, t.Any
 @contextlib.contextmanager
 def _sqlite_guard(
     name: str, connection: sa.Connection, settings: _Settings, atomic: bool
-) -> cabc.Iterator[None]:
+) -> cabc.Generator[None]:
     """Make SQLite's transaction cover DDL; its ``BEGIN IMMEDIATE`` is the lock."""
     driver: t.Any = connection.connection.dbapi_connection
     _refuse_transaction(name, connection.connection.driver_connection)
@@ -2622,7 +2625,7 @@ def _sqlite_guard(
 
 
 @contextlib.contextmanager
-def _sqlite_keys(name: str, connection: sa.Connection) -> cabc.Iterator[None]:
+def _sqlite_keys(name: str, connection: sa.Connection) -> cabc.Generator[None]:
     """Keep batch operations from cascading where foreign keys are enforced.
 
     Dropping the original table would delete its children; the pragma is ignored inside
@@ -2818,7 +2821,7 @@ def _generate(
 
 
 @contextlib.contextmanager
-def _comparing(context: MigrationContext) -> cabc.Iterator[None]:
+def _comparing(context: MigrationContext) -> cabc.Generator[None]:
     """Let the user's hooks find ``alembic.context``, as in a run of migrations."""
     environment: t.Any = context.environment_context
 

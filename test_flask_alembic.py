@@ -6407,7 +6407,7 @@ def _quick_alembic_rows(*locations: str) -> tuple[ScriptDirectory, set[str] | No
 
 def _quick_steps(script: ScriptDirectory, rows: t.Any, *_: object) -> list[t.Any]:
     """Call what 'upgrade' calls."""
-    return [*script._upgrade_revs("heads", rows)]  # noqa: SLF001 # pyright: ignore[reportPrivateUsage]
+    return [*script._upgrade_revs("heads", rows)]  # pyright: ignore[reportPrivateUsage]
 
 
 def _quick_check(answer: frozenset[str] | None, *locations: str) -> None:
