@@ -466,11 +466,15 @@ class Alembic:
         :param label: Branch labels for it.
         :param rev_id: Its id; see :meth:`rev_id`.
         :param splice: Allow revisions that are not heads.
-        :raises CommandError: If there are fewer than two revisions to merge.
+        :raises CommandError: If there are fewer than two, or a label is taken.
         """
         script = self.script_directory
         self._check_template()
         labels = {x for each in script.walk_revisions() for x in each.branch_labels}
+
+        if used := labels.intersection(_as_list(label)):
+            raise _command_error(f"There is a branch {_quoted(used)} already.")
+
         names = _as_list(_identifiers(revisions))
         wanted = [f"{name}@head" if name in labels else name for name in names]
         found = [s.revision for name in wanted for s in _scripts(script, name)]
