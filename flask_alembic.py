@@ -752,13 +752,14 @@ class Alembic:
         self,
         work: cabc.Callable[[_Scope], _R],
         connects: bool = True,
-        **options: t.Unpack[RunOptions],
+        database: DatabaseNames = None,
+        tag: str | None = None,
+        x: XArguments = None,
     ) -> _R:
         """Do a method's work in a scope, in an event loop where a driver needs one."""
         targets = _find_targets(self.metadatas, self.engines)
         _check_version_tables(targets)
-        chosen = _select(targets, options.get("database"))
-        tag, x = options.get("tag"), options.get("x")
+        chosen = _select(targets, database)
 
         def inside() -> _R:
             with _Scope(self._scope(), chosen, tag, x) as scope:

@@ -1300,6 +1300,19 @@ def test_database_that_is_down(app: Flask) -> None:
     assert "Traceback" not in result.output
 
 
+def test_misspelt_option_is_refused(app: Flask) -> None:
+    """Ignoring it would migrate every database in place of the one that was meant."""
+    extension = build_sqlite(app)
+
+    with app.app_context():
+        for method in (extension.upgrade, extension.downgrade, extension.stamp):
+            with pytest.raises(TypeError, match="datbase"):
+                method("heads", datbase="audit")  # type: ignore[call-arg]
+
+        with pytest.raises(TypeError, match="datbase"):
+            extension.upgrade_sql(datbase="audit")  # type: ignore[call-arg]
+
+
 # -- State -----------------------------------------------------------------------------
 
 
