@@ -93,6 +93,8 @@ XArguments: t.TypeAlias = "cabc.Mapping[str, t.Any] | cabc.Sequence[str] | str |
 MetadataOption: t.TypeAlias = "sa.MetaData | cabc.Sequence[sa.MetaData]"
 EngineOption: t.TypeAlias = "sa.Engine | AsyncEngine"
 
+#: What stands for revisions, and so can be the name of none.
+_SYMBOLS: t.Final = ("base", "head", "heads", "current")
 _logger: t.Final = logging.getLogger("flask_alembic")
 _MYSQL: t.Final = ("mysql", "mariadb")
 
@@ -472,8 +474,7 @@ class Alembic:
         self._check_template()
         labels = {x for each in script.walk_revisions() for x in each.branch_labels}
 
-        if used := labels.intersection(_as_list(label)):
-            raise _command_error(f"There is a branch {_quoted(used)} already.")
+        _refuse_labels(script, _as_list(label))
 
         names = _as_list(_identifiers(revisions))
         wanted = [f"{name}@head" if name in labels else name for name in names]
@@ -543,7 +544,7 @@ class Alembic:
 
     def ensure_version(self, database: DatabaseNames = None) -> None:
         """Make the version tables that are missing. Raises as :meth:`upgrade`."""
-        self._migrate(_Steps(self, "ensure-version", ()), database=database)
+        self._migrate(_Steps(self, "ensure-version", "base"), database=database)
 
     def run_migrations(self, fn: StepFunction, **kwargs: t.Any) -> None:
         """Run steps on the databases: the one way of every migration.
@@ -559,10 +560,7 @@ class Alembic:
         :param kwargs: Passed to each ``upgrade`` or ``downgrade`` function.
         :raises MigrationLockTimeout: If another process holds the lock for too long.
         """
-        if _running.get():
-            raise FlaskAlembicError(
-                "A migration is running here already: a revision cannot start another."
-            )
+        _refuse_nested()
 
         scope = self._scope()
 
@@ -604,7 +602,7 @@ class Alembic:
 
     def ensure_version_sql(self, database: DatabaseNames = None) -> dict[str, str]:
         """Make the SQL script that makes the version table. See :meth:`upgrade_sql`."""
-        return self._sql(_Steps(self, "ensure-version", ()), database=database)
+        return self._sql(_Steps(self, "ensure-version", "base"), database=database)
 
     # What only reads
 
@@ -752,6 +750,7 @@ class Alembic:
         self,
         work: cabc.Callable[[_Scope], _R],
         connects: bool = True,
+        /,
         database: DatabaseNames = None,
         tag: str | None = None,
         x: XArguments = None,
@@ -786,7 +785,7 @@ class Alembic:
             rows = self._rows(scope) if live else None
             return _run_offline(self, scope, steps, rows)
 
-        return self._call(work, connects=live, **options)
+        return self._call(work, live, **options)
 
     def _write(
         self,
@@ -894,12 +893,16 @@ class Alembic:
 
     def _free_id(self, script: ScriptDirectory, wanted: str | None) -> str:
         """An id that no revision has."""
-        taken = {each.revision for each in script.walk_revisions()}
+        every = script.walk_revisions()
+        taken = {x for each in every for x in (each.revision, *each.branch_labels)}
 
         if wanted in taken:
-            raise _command_error(f"There is a revision '{wanted}' already.")
+            raise _command_error(f"There is a revision or branch '{wanted}' already.")
 
         if wanted is not None:
+            if wanted in _SYMBOLS or not re.fullmatch(r"\w[\w.]*", wanted):
+                raise _command_error(f"'{wanted}' cannot be a revision id.")
+
             return wanted
 
         new = ""
@@ -1202,6 +1205,7 @@ def _folder(root: str, value: t.Any, key: str) -> str:
     if not path or not isinstance(path, str):
         raise _bad_value(key, value, "a path")
 
+    path = path.replace("%%", "%")  # as ConfigParser has it
     package, colon, rest = path.partition(":")
 
     if not colon or os.path.isabs(path) or not package.replace(".", "").isidentifier():
@@ -1298,7 +1302,9 @@ def _own_options(name: str) -> dict[str, t.Any]:
     """The ``configure`` options of one database: the common ones, then its own."""
     options = dict(_config_dict(current_app, "ALEMBIC_CONTEXT"))
     own = options.pop(name, None)
-    return {**options, **own} if isinstance(own, dict) else options
+    options |= own if isinstance(own, dict) else {}
+    # An empty schema, as from an environment variable, is none.
+    return {k: v for k, v in options.items() if (k, v) != ("version_table_schema", "")}
 
 
 def _options(
@@ -1454,11 +1460,26 @@ def _find_targets(
         )
 
     return {
-        name: _Target(
-            name, getattr(found[name], "sync_engine", found[name]), _as_list(metadata)
-        )
+        name: _target(name, metadata, found[name])
         for name, metadata in metadatas.items()
     }
+
+
+def _target(name: str, metadata: t.Any, engine: t.Any) -> _Target:
+    """One database, refusing what is no metadata or no engine, such as a base class."""
+    metadata = _as_list(metadata)
+    engine = getattr(engine, "sync_engine", engine)
+
+    if not metadata or not all(isinstance(each, sa.MetaData) for each in metadata):
+        raise FlaskAlembicError(
+            f"The metadata of '{name}' must be a MetaData or a list of them, not"
+            f" {metadata!r}."
+        )
+
+    if not isinstance(engine, sa.Engine):
+        raise FlaskAlembicError(f"The engine of '{name}' is none: {engine!r}.")
+
+    return _Target(name, engine, metadata)
 
 
 def _check_version_tables(targets: dict[str, _Target]) -> None:
@@ -1748,13 +1769,16 @@ def _file_of(error: BaseException) -> str:
 
 def _identifiers(target: RevisionTarget) -> str | tuple[str, ...]:
     """A target as Alembic takes it: an id or symbol, or several."""
-    if isinstance(target, (str, int)):
+    if isinstance(target, (str, int)) and target != "" and target not in (True, False):
         return str(target)
 
-    if isinstance(target, cabc.Iterable):
+    if isinstance(revision := getattr(target, "revision", None), str):
+        return revision
+
+    if isinstance(target, (list, tuple, set, frozenset)) and target:
         return tuple(str(_identifiers(each)) for each in target)
 
-    return str(target.revision)
+    raise _command_error(f"{target!r} is no revision.")
 
 
 @contextlib.contextmanager
@@ -1813,6 +1837,19 @@ def _refuse_unknown(script: ScriptDirectory, rows: _Heads, name: str) -> None:
         )
 
 
+def _refuse_overlap(script: ScriptDirectory, names: cabc.Sequence[str]) -> None:
+    """Refuse revisions of which one leads to another: no command could use both."""
+    found = {each.revision for name in names for each in _scripts(script, name)}
+
+    for name in found if len(found) > 1 else ():
+        below = {each.revision for each in script.walk_revisions("base", name)}
+
+        if other := (below & found) - {name}:
+            raise _command_error(
+                f"'{name}' follows {_quoted(other)}: stamp the last of a line only."
+            )
+
+
 class _Steps:
     """The steps that a method asks for. Asking has no effect: it may be done twice."""
 
@@ -1825,7 +1862,7 @@ class _Steps:
         purge: bool = False,
     ) -> None:
         self.extension, self.kind, self.target = extension, kind, target
-        self.start, self.purge = start, purge
+        self.start, self.purge = str(_identifiers(start)), purge
 
     def __call__(self, rows: t.Any, context: MigrationContext) -> list[t.Any]:
         script = self.extension.script_directory
@@ -1837,6 +1874,7 @@ class _Steps:
 
         if self.kind == "stamp":
             target = tuple(_as_list(_identifiers(self.target)))
+            _refuse_overlap(script, target)
             return _make_steps("stamp", script, target, rows)
 
         return _make_steps(self.kind, script, self.resolve(script), rows)
@@ -1845,8 +1883,8 @@ class _Steps:
         """The target, with a count of steps written as Alembic does: ``+1``, ``-1``."""
         target = _identifiers(self.target)
 
-        if isinstance(self.target, bool) or not all(_as_list(target)):
-            raise _command_error(f"{self.target!r} is no revision.")
+        if isinstance(target, tuple) and self.kind == "downgrade":
+            raise _command_error("A downgrade has one target: a revision or 'base'.")
 
         if isinstance(target, tuple) or not target.isdecimal():
             return target
@@ -1886,6 +1924,10 @@ def _pending(extension: Alembic, scope: _Scope, steps: _Steps) -> dict[str, bool
                 found[name] = not context._has_version_table()  # noqa: SLF001
 
     return found
+
+
+def _nothing(*_: t.Any, **__: t.Any) -> None:
+    """Stand in for what must not be done."""
 
 
 class _OvertakenError(Exception):
@@ -1940,6 +1982,11 @@ class _Run:
         self.context = self.environment.get_context()
         dialect: t.Any = self.context.dialect
 
+        if connection is None:
+            # Alembic 1.16 drops the table when no revision is left, even a new table.
+            table: t.Any = self.context._version  # noqa: SLF001
+            table.drop = _nothing
+
         if connection is None and dialect.name == "postgresql":
             # SQLAlchemy < 2.1 doubles backslashes until it has seen a server's setting,
             # which is 'standard_conforming_strings = on' since PostgreSQL 9.1.
@@ -1963,13 +2010,21 @@ class _Run:
         with self.environment, _colons_kept():
             self.environment.run_migrations(**kwargs)
 
-    def call(self, step: RevisionStep, kwargs: dict[str, t.Any]) -> None:
+    def call(self, step: RevisionStep, fn: t.Any, kwargs: dict[str, t.Any]) -> None:
         """Call the function of a revision, unless it is for other databases only."""
-        fn: t.Any = getattr(step.revision.module, _direction(step))
         arguments = _arguments(step, self.name, self.names)
 
-        if arguments is not None:
-            fn(**kwargs, **arguments)
+        if arguments is None:
+            return
+
+        result = fn(**kwargs, **arguments)
+
+        if hasattr(result, "close") and hasattr(result, "send"):
+            result.close()
+            raise TypeError(
+                f"'{_direction(step)}' is async or a generator: nothing of it has run."
+                " Alembic calls plain functions; 'op.run_async' is for others."
+            )
 
     def _steps(self, rows: t.Any, context: MigrationContext) -> cabc.Iterator[_Step]:
         """The steps, reporting each as it starts and as it is done."""
@@ -1978,7 +2033,9 @@ class _Run:
         report = _progress.get() or (lambda progress: None)
 
         if isinstance(self.fn, _Steps) and self.fn.kind == "ensure-version":
-            context._ensure_version_table()  # the command's own way  # noqa: SLF001
+            # As each step is: committed here where a run has no transaction as a whole.
+            with context.begin_transaction(_per_migration=True):
+                context._ensure_version_table()  # noqa: SLF001
 
         for number, step in enumerate(steps, 1):
             if getattr(step, "revision", None) is None:  # a stamp
@@ -1986,7 +2043,7 @@ class _Run:
                 continue
 
             place = (self.name, step.revision, step.is_upgrade, number, len(steps))
-            run = functools.partial(self._execute, step)
+            run = functools.partial(self._execute, step, step.migration_fn)
             step.migration_fn = functools.update_wrapper(run, step.migration_fn)
             self.step, self.started = step, True
             began = time.monotonic()
@@ -1997,12 +2054,16 @@ class _Run:
             self.ran.append(step.revision)
             report(_Progress(*place, time.monotonic() - began))
 
-    def _execute(self, step: RevisionStep, /, **kwargs: t.Any) -> None:
+    def _execute(self, step: RevisionStep, fn: t.Any, /, **kwargs: t.Any) -> None:
         if self._rechecks and self._rows != frozenset(self.context.get_current_heads()):
             raise _OvertakenError
 
         try:
-            self.call(step, kwargs)
+            try:
+                self.call(step, fn, kwargs)
+            except SystemExit as error:
+                # It would end the command with success, though nothing had run.
+                raise RuntimeError("The revision called sys.exit().") from error
         except BaseException as error:
             error.__dict__.setdefault(_ORIGIN, "revision")
             # What comes of asking where nothing answers.
@@ -2073,8 +2134,13 @@ def _arguments(
     prefix = f"{_direction(step)}_"
     functions = {k: v for k, v in vars(step.revision.module).items() if callable(v)}
     parameters = inspect.signature(functions[_direction(step)]).parameters.values()
+    sections = {k.removeprefix(prefix) for k in functions if k.startswith(prefix)}
+    named = any(p.name == "engine_name" for p in parameters)
 
-    if not any(p.name == "engine_name" or p.kind is p.VAR_KEYWORD for p in parameters):
+    if any(p.kind is p.VAR_KEYWORD for p in parameters) and len(names) > 1:
+        named = named or bool(sections & {*names})
+
+    if not named:
         # Written before there was a second database.
         if len(names) == 1 or name == "default":
             return {}
@@ -2086,8 +2152,6 @@ def _arguments(
             f"{_title(step.revision)} is for one database, and none of {_quoted(names)}"
             " is named 'default'."
         )
-
-    sections = {k.removeprefix(prefix) for k in functions if k.startswith(prefix)}
 
     if not sections or name in sections:
         return {"engine_name": name}
@@ -2112,7 +2176,7 @@ def _run_online(
     """Run steps on a scope's databases: on all or none, as far as they allow."""
     scope.ran.clear()
 
-    if isinstance(fn, _Steps) and not any(_pending(extension, scope, fn).values()):
+    if isinstance(fn, _Steps) and _is_idle(extension, scope, fn):
         return
 
     while True:
@@ -2126,6 +2190,27 @@ def _run_online(
                 ) from None
 
 
+def _refuse_nested() -> None:
+    """Refuse a run inside a run: Alembic's ``op`` can serve only one of them."""
+    if _running.get():
+        raise FlaskAlembicError(
+            "A migration is running here already: a revision cannot start another."
+        )
+
+
+def _is_idle(extension: Alembic, scope: _Scope, steps: _Steps) -> bool:
+    """Whether no database has anything to do, as far as it can be read."""
+    try:
+        return not any(_pending(extension, scope, steps).values())
+    except exc.OperationalError as error:
+        # SQLite keeps even readers out while another process writes much. The guard
+        # waits for it.
+        if "database is locked" not in str(error):
+            raise
+
+        return False
+
+
 def _run_once(
     extension: Alembic, scope: _Scope, fn: StepFunction, kwargs: dict[str, t.Any]
 ) -> None:
@@ -2134,7 +2219,16 @@ def _run_once(
     settings = extension._get_cache().settings
     # Two applications may name the databases differently: the order is the servers'.
     order = sorted(contexts, key=lambda name: targets[name].identity)
+    files = [targets[name].identity for name in order]
+    files = [each for each in files if each[0] == "sqlite"]
     runs: dict[str, _Run] = {}
+    checks: list[cabc.Callable[[], None]] = []
+
+    if len(set(files)) < len(files):
+        raise FlaskAlembicError(
+            "Several databases are one SQLite file, which takes one transaction at a"
+            " time: migrate them one by one, with 'database' (-n)."
+        )
 
     with _RUN_LOCK:
         token = _running.set(True)
@@ -2145,7 +2239,8 @@ def _run_once(
                 for name in order:
                     connection = contexts[name].connection
                     assert connection is not None
-                    stack.enter_context(_guard(contexts[name], connection, settings))
+                    guard = _guard(contexts[name], connection, settings)
+                    checks.append(stack.enter_context(guard))
                     run = _Run(extension, scope, targets[name], fn, connection)
                     stack.enter_context(_listening(connection, commit=run.count_commit))
                     runs[name] = run
@@ -2155,6 +2250,9 @@ def _run_once(
 
                 for name in contexts:
                     runs[name].migrate(kwargs)
+
+                for check in checks:
+                    check()
         except BaseException as error:
             if not isinstance(error, _OvertakenError):
                 _explain(error, list(runs.values()))
@@ -2209,6 +2307,7 @@ def _run_offline(
     extension: Alembic, scope: _Scope, steps: _Steps, live: dict[str, _Heads] | None
 ) -> dict[str, str]:
     """Write the steps as SQL, from where the databases stand or from a given start."""
+    _refuse_nested()
     script = extension.script_directory
     result = {}
 
@@ -2265,6 +2364,9 @@ def _version_rows(
     connection: sa.Connection, options: dict[str, t.Any]
 ) -> list[str] | None:
     """The ids in the version table, sorted, by one query; ``None`` if that fails."""
+    if connection.in_transaction():
+        return None  # a query that fails would end the caller's transaction
+
     name = options.get("version_table", "alembic_version")
     schema = options.get("version_table_schema")
     table = sa.table(name, sa.column("version_num"), schema=schema)
@@ -2280,6 +2382,7 @@ def _plan(
     extension: Alembic, scope: _Scope, steps: _Steps
 ) -> dict[str, list[PlannedStep]]:
     """Read what the steps would do, by operations that only record."""
+    _refuse_nested()
     result = {}
 
     for name, rows in extension._rows(scope).items():
@@ -2329,7 +2432,7 @@ def _read_step(run: _Run, step: RevisionStep) -> PlannedStep:
     recorder._install_proxy()  # noqa: SLF001
 
     try:
-        run.call(step, {})
+        run.call(step, step.migration_fn, {})
     except Exception as error:
         problem = f"{type(error).__name__}: {_user_message(error)}"
     finally:
@@ -2356,7 +2459,9 @@ def _dropped_by(sql: str) -> list[str]:
 @contextlib.contextmanager
 def _guard(
     context: MigrationContext, connection: sa.Connection, settings: _Settings
-) -> cabc.Generator[None]:
+) -> cabc.Generator[cabc.Callable[[], None]]:
+    """Guard one database; gives the check that has to pass before any commit."""
+    check: cabc.Callable[[], None] = lambda: None  # noqa: E731
     name, kind = _name_of(context), connection.dialect.name
 
     if connection.in_transaction():
@@ -2368,11 +2473,18 @@ def _guard(
         if kind == "sqlite":
             atomic = context.impl.transactional_ddl
             stack.enter_context(_sqlite_guard(name, connection, settings, atomic))
-            stack.enter_context(_sqlite_keys(name, connection))
+            check = stack.enter_context(_sqlite_keys(name, connection))
         elif kind in ("postgresql", *_MYSQL):
             driver = connection.connection.dbapi_connection
 
-            if getattr(driver, "autocommit", False) is True:
+            autocommit = getattr(driver, "autocommit", False) is True
+
+            if kind in _MYSQL:
+                query = connection.exec_driver_sql("SELECT @@autocommit")
+                autocommit = query.scalar() == 1
+                connection.rollback()
+
+            if autocommit:
                 # An engine in AUTOCOMMIT has no transaction that could be rolled back.
                 level = connection.default_isolation_level
                 connection.execution_options(isolation_level=level)
@@ -2385,7 +2497,7 @@ def _guard(
 
             stack.enter_context(_server_timeouts(connection, settings))
 
-        yield
+        yield check
 
 
 def _wait(
@@ -2630,48 +2742,70 @@ def _sqlite_guard(
 
 
 @contextlib.contextmanager
-def _sqlite_keys(name: str, connection: sa.Connection) -> cabc.Generator[None]:
+def _sqlite_keys(
+    name: str, connection: sa.Connection
+) -> cabc.Generator[cabc.Callable[[], None]]:
     """Keep batch operations from cascading where foreign keys are enforced.
 
     Dropping the original table would delete its children; the pragma is ignored inside
-    a transaction, so it is switched off before, and the keys are checked at each
-    commit.
+    a transaction, so it is switched off before, and each commit checks the keys.
     """
     driver: t.Any = connection.connection.dbapi_connection
     cursor = driver.cursor()
+    before: list[t.Counter[str] | None] = []
+    checked = False
 
     if not _pragma(cursor, "foreign_keys"):
-        yield
+        yield lambda: None
         return
 
-    before = _orphans(cursor)
+    def begin(_: sa.Connection) -> None:
+        nonlocal checked
+        checked = False
 
-    def commit(_: sa.Connection) -> None:
-        now = _orphans(cursor)
+        if not before:
+            # Not sooner: another process that writes much keeps even readers out.
+            before.append(_orphans(cursor))
 
-        if before is None or now is None:
+    def check() -> None:
+        nonlocal checked
+
+        if checked or not before or before[0] is None:
             return
 
+        now = _orphans(cursor)
         cursor.execute("SELECT name FROM sqlite_master WHERE type = 'table'")
         tables = {row[0] for row in cursor.fetchall()}
-        renamed = sum(count for table, count in before.items() if table not in tables)
-        added = now - before
+        renamed = sum(n for table, n in before[0].items() if table not in tables)
+        refused = "It was not committed: the application enforces foreign keys."
 
-        if added.total() > renamed:
-            # SQLAlchemy has given up its transaction already when this raises.
-            driver.rollback()
+        if now is None:
+            raise FlaskAlembicError(
+                f"The migration would leave a foreign key in database '{name}' that"
+                f" refers to columns which are not unique. {refused}"
+            )
+
+        if (added := now - before[0]).total() > renamed:
             raise FlaskAlembicError(
                 f"The migration would leave rows in {_quoted(added)} of database"
-                f" '{name}' that refer to rows which do not exist. It was not"
-                " committed. The check is made because the application enforces foreign"
-                " keys."
+                f" '{name}' that refer to rows which do not exist. {refused}"
             )
+
+        checked = True
+
+    def commit(_: sa.Connection) -> None:
+        try:
+            check()
+        except FlaskAlembicError:
+            # SQLAlchemy has given up its transaction already when this raises.
+            driver.rollback()
+            raise
 
     try:
         _pragma(cursor, "foreign_keys = OFF")
 
-        with _listening(connection, commit=commit):
-            yield
+        with _listening(connection, begin=begin, commit=commit):
+            yield check
     finally:
         connection.rollback()
 
@@ -2734,9 +2868,6 @@ def _place(
     labels = _as_list(label)
     known = {each for s in script.walk_revisions() for each in s.branch_labels}
 
-    if used := known.intersection(labels):
-        raise _command_error(f"There is a branch {_quoted(used)} already.")
-
     parents = _as_list(_identifiers(parent))
 
     if parents != ["head"]:
@@ -2757,8 +2888,12 @@ def _place(
         else:
             parents = plain
 
+    _refuse_labels(script, labels)
     found = [s.revision for each in parents for s in _scripts(script, each)]
     places = {name: folder for name, folder in settings.branches if name is not None}
+
+    if path is not None and not os.fspath(path):
+        raise _command_error("The path of the version location is empty.")
 
     if path is None:
         folder = places.get(branch, settings.locations[0])
@@ -2770,6 +2905,19 @@ def _place(
         "branch_label": list(dict.fromkeys(labels)) or None,
         "version_path": folder,
     }
+
+
+def _refuse_labels(script: ScriptDirectory, labels: cabc.Iterable[str]) -> None:
+    """Refuse names of branches that are taken, or that no target could name."""
+    every = list(script.walk_revisions())
+    taken = {x for s in every for x in (s.revision, *s.branch_labels)}
+
+    for label in labels:
+        if label in taken:
+            raise _command_error(f"There is a branch or revision '{label}' already.")
+
+        if label in _SYMBOLS or not re.fullmatch(r"[^\s@:+]+", label):
+            raise _command_error(f"'{label}' cannot be the name of a branch.")
 
 
 def _generate(
@@ -2820,9 +2968,44 @@ def _generate(
 
     for each in made:
         revisions.template_args = {**given, **_rendered(each, compared)}
-        scripts.append(revisions._to_script(each))  # noqa: SLF001
+
+        with _undone(script), _hooked(script):
+            scripts.append(revisions._to_script(each))  # noqa: SLF001
 
     return [each for each in scripts if each is not None]
+
+
+@contextlib.contextmanager
+def _undone(script: ScriptDirectory) -> cabc.Generator[None]:
+    """Remove a file that Alembic wrote and could not load: it would break the rest."""
+    before = {name[:2] for name in _script_signature(script)}
+
+    try:
+        yield
+    except FlaskAlembicError:
+        raise
+    except Exception:
+        for folder, name, *_ in _script_signature(script):
+            if (folder, name) not in before:
+                os.remove(os.path.join(folder, name))
+
+        raise
+
+
+@contextlib.contextmanager
+def _hooked(script: ScriptDirectory) -> cabc.Generator[None]:
+    """Keep what Alembic says of post-write hooks from stdout, and say if one fails."""
+    if not script.hooks:
+        yield
+        return
+
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    except OSError as error:
+        raise FlaskAlembicError(
+            f"The revision file is written, but a post-write hook failed: {error}"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -4087,8 +4270,12 @@ def _stamp_command(
         raise click.UsageError("Give either '--sql' or '--purge'.")
 
     if sql:
-        start = next((start for start, _ in ranges if start), "base")
-        _echo_scripts(_alembic().stamp_sql(wanted, start, **_given(options)))
+        starts = {start for start, _ in ranges if start} or {"base"}
+
+        if len(starts) > 1:
+            raise click.UsageError("Give one START only.")
+
+        _echo_scripts(_alembic().stamp_sql(wanted, *starts, **_given(options)))
     else:
         _echo_revisions(_alembic().stamp(wanted, purge=purge, **_given(options)))
 
@@ -4273,7 +4460,7 @@ def _resolve(name: str, database: tuple[str, ...] = ()) -> tuple[Script, ...]:
     if name == "current":
         return alembic.current(database or None)
 
-    return tuple(alembic.script_directory.get_revisions(name))
+    return tuple(_scripts(alembic.script_directory, _identifiers(name)))
 
 
 def _marked(database: tuple[str, ...], needed: bool = False) -> set[str]:
