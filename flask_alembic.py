@@ -1543,7 +1543,12 @@ _looping: t.Final[ContextVar[bool]] = ContextVar("flask_alembic_looping", defaul
 @contextlib.contextmanager
 def _connect(target: _Target) -> cabc.Generator[sa.Connection]:
     """A connection, given back to its pool in the end."""
-    engine, pool = target.engine, target.engine.pool
+    engine: t.Any = target.engine
+    pool, options = engine.pool, engine.get_execution_options()
+
+    while isinstance(proxied := getattr(engine, "_proxied", None), sa.Engine):
+        # SQLAlchemy 2.0 takes no listeners on a connection of an engine with options.
+        engine = proxied
 
     with contextlib.ExitStack() as stack:
         try:
@@ -1564,6 +1569,7 @@ def _connect(target: _Target) -> cabc.Generator[sa.Connection]:
                 connection = engine.connect()
 
             stack.callback(connection.close)
+            connection = connection.execution_options(**options)
 
             if isinstance(pool, sa.SingletonThreadPool):
                 # The same connection as the application's, in this thread.
@@ -1716,8 +1722,8 @@ def _load_scripts(config: Config) -> tuple[ScriptDirectory, t.Any]:
 
     script = ScriptDirectory.from_config(config)
     # Alembic tells on stdout about each file that it writes; only commands print.
-    script.messaging_opts = {"quiet": True}  # pyright: ignore[reportAttributeAccessIssue]
-    signature = _script_signature(script)
+    script.messaging_opts = {"quiet": True}  # pyright:
+    ignore[reportAttributeAccessIssue] signature = _script_signature(script)
 
     try:
         loaded = list(script._load_revisions())  # noqa: SLF001
@@ -2064,6 +2070,18 @@ class _Run:
             except SystemExit as error:
                 # It would end the command with success, though nothing had run.
                 raise RuntimeError("The revision called sys.exit().") from error
+
+            # What Alembic opened: for the run, for the step, after an
+            # autocommit_block().
+            transaction: t.Any = self.context._transaction  # noqa: SLF001
+
+            if transaction is not None and not transaction.is_active:
+                raise FlaskAlembicError(
+                    f"{_title(step.revision)} committed or rolled back the migration's"
+                    " own transaction, as 'op.get_bind().commit()' or a session's"
+                    " 'rollback()' does: what followed would be lost. Use"
+                    " 'op.get_context().autocommit_block()' or 'begin_nested()'."
+                )
         except BaseException as error:
             error.__dict__.setdefault(_ORIGIN, "revision")
             # What comes of asking where nothing answers.

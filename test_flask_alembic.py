@@ -1313,6 +1313,112 @@ def test_misspelt_option_is_refused(app: Flask) -> None:
             extension.upgrade_sql(datbase="audit")  # type: ignore[call-arg]
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"branch": "aa"},
+        {"label": "aa"},
+        {"label": "head"},
+        {"label": ""},
+        {"label": "a@b"},
+        {"branch": "base"},
+        {"rev_id": "base"},
+        {"rev_id": "../x"},
+        {"rev_id": ""},
+        {"rev_id": "known"},
+        {"path": ""},
+        {"parent": ""},
+        {"depend": ""},
+    ],
+    ids=str,
+)
+def test_name_that_would_break_the_history_is_refused(
+    app: Flask, tmp_path: pathlib.Path, arguments: dict[str, t.Any]
+) -> None:
+    """Nothing is written, and the commands go on working."""
+    write_revision(tmp_path / "migrations", "aa", labels="known")
+    extension = build_sqlite(app)
+
+    with app.app_context():
+        with pytest.raises(CommandError):
+            extension.revision("x", empty=True, **arguments)
+
+        assert [each.revision for each in extension.heads()] == ["aa"]
+
+    assert len(list(tmp_path.rglob("*.py"))) == 1
+
+
+@pytest.mark.parametrize("target", ["", None, True, [], 1.5, b"aa"], ids=repr)
+def test_target_of_a_wrong_type_is_refused(
+    app: Flask, tmp_path: pathlib.Path, target: t.Any
+) -> None:
+    """An empty list, as from a filter that found nothing, must not empty a table."""
+    write_revision(tmp_path / "migrations", "aa")
+    extension = build_sqlite(app)
+
+    with app.app_context():
+        extension.upgrade()
+
+        for method in (extension.upgrade, extension.downgrade, extension.stamp):
+            with pytest.raises(CommandError, match="is no revision"):
+                method(target)
+
+        assert [each.revision for each in extension.current()] == ["aa"]
+
+
+def test_stamp_of_a_line_twice_is_refused(app: Flask, tmp_path: pathlib.Path) -> None:
+    """No command could use a version table that has both."""
+    write_revision(tmp_path / "migrations", "aa")
+    write_revision(tmp_path / "migrations", "bb", "aa")
+    extension = build_sqlite(app)
+
+    with app.app_context(), pytest.raises(CommandError, match="'bb' follows 'aa'"):
+        extension.stamp(["aa", "bb"])
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"metadatas": object},
+        {"metadatas": []},
+        {"metadatas": {"default": None}},
+        {"engines": "sqlite://"},
+        {"engines": [1]},
+    ],
+    ids=str,
+)
+def test_argument_that_is_none_of_its_kind_is_named(
+    app: Flask, arguments: dict[str, t.Any]
+) -> None:
+    """A model class in place of its metadata is a common slip."""
+    given = {"metadatas": sa.MetaData(), "engines": sa.create_engine("sqlite://")}
+    extension = Alembic(app, **{**given, **arguments})
+
+    with app.app_context(), pytest.raises(FlaskAlembicError):
+        extension.current()
+
+
+def test_post_write_hook_says_nothing_on_stdout(
+    app: Flask, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The path is all that a command prints there; a failed hook is one line."""
+    hooks = {"hooks": "a", "a.type": "exec", "a.executable": "true", "a.options": "-"}
+    app.config["ALEMBIC"] = {"post_write_hooks": hooks}
+    extension = build_sqlite(app)
+
+    with app.app_context():
+        assert len(extension.revision("x", empty=True)) == 1
+        assert capsys.readouterr().out == ""
+
+    hooks["a.executable"] = "no-such-program"
+
+    with app.app_context():
+        extension._get_cache().clear()
+
+        with pytest.raises(FlaskAlembicError, match="no-such-program"):
+            extension.revision("y", empty=True)
+
+
 # -- State -----------------------------------------------------------------------------
 
 
@@ -3115,6 +3221,8 @@ def test_interrupt_inside_a_statement(
 
     assert rig.tables == set()
     rig.write("aa")
+    # The exception's frames hold the cursor, and with it SQLite's transaction.
+    gc.collect()
     assert rig.upgrade() == ["aa"]
 
 
@@ -4065,6 +4173,142 @@ def test_sqlite_driver_that_is_always_in_a_transaction(
 
     assert rig.tables == {"made"}
     assert lite_state(engine) == before
+
+
+@pytest.mark.parametrize("end", ["commit()", "rollback()"])
+def test_revision_that_ends_the_transaction_is_refused(rig: Rig, end: str) -> None:
+    """What it did afterwards would be lost, and the revision not recorded."""
+    rig.write("aa")
+    assert rig.upgrade() == ["aa"]
+    body = f"""
+        op.get_bind().{end}
+        op.create_table("late", sa.Column("id", sa.Integer))
+    """
+    rig.write("bb", "aa", body)
+
+    with pytest.raises(FlaskAlembicError, match="own transaction"):
+        rig.upgrade()
+
+    assert versions(rig.url) == {"aa"}
+
+
+@pytest.mark.parametrize(
+    "functions",
+    [
+        "async def upgrade(): op.create_table('made')",
+        "def upgrade(): yield op.create_table('made')",
+        "import sys\ndef upgrade(): sys.exit()",
+    ],
+    ids=["async", "generator", "exit"],
+)
+def test_revision_that_would_run_nothing_is_refused(rig: Rig, functions: str) -> None:
+    """Otherwise it would be recorded as done, or end a deployment with success."""
+    write_revision(rig.folder, "aa", functions=functions)
+
+    with pytest.raises((TypeError, RuntimeError)) as caught:
+        rig.upgrade()
+
+    assert "Revision 'aa'" in caught.value.__notes__[0]
+    assert rig.tables == rig.versions == set()
+
+
+@pytest.mark.parametrize("option", ["transaction_per_migration", "transactional_ddl"])
+def test_ensure_version_commits_by_itself(
+    make_rig: MakeRig, url: str, option: str
+) -> None:
+    """There is no step whose transaction would do it."""
+    rig = make_rig(url, context={option: option == "transaction_per_migration"})
+
+    with rig.app.app_context():
+        rig.alembic.ensure_version()
+
+    assert table_names(url) == {"alembic_version"}
+
+
+def test_functions_of_the_callers_steps_are_called(
+    app: Flask, tmp_path: pathlib.Path
+) -> None:
+    """``run_migrations`` runs what the step function returns, as Alembic does."""
+    write_revision(tmp_path / "migrations", "aa", None, "raise AssertionError")
+    extension = build_sqlite(app)
+    called: list[str] = []
+
+    def fn(rows: t.Any, context: t.Any) -> t.Any:
+        steps = extension.script_directory._upgrade_revs("heads", rows)
+
+        for step in steps:
+            step.migration_fn = lambda **_: called.append("mine")
+
+        return steps
+
+    with app.app_context():
+        extension.run_migrations(fn)
+        assert called == ["mine"]
+        assert [each.revision for each in extension.current()] == ["aa"]
+
+
+def test_one_file_under_two_names_is_refused_at_once(
+    app: Flask, tmp_path: pathlib.Path
+) -> None:
+    """SQLite has one writer: the second name would wait for the first."""
+    write_revision(tmp_path / "migrations", "aa")
+    engines = [sa.create_engine(f"sqlite:///{tmp_path}/x.db") for _ in range(2)]
+    app.extensions["engines"] = dict(enumerate(engines))
+    app.config["ALEMBIC_CONTEXT"] = {"audit": {"version_table": "other"}}
+    extension = Alembic(
+        app,
+        metadatas={"default": sa.MetaData(), "audit": sa.MetaData()},
+        engines={"default": engines[0], "audit": engines[1]},
+    )
+
+    with app.app_context():
+        with pytest.raises(FlaskAlembicError, match="one SQLite file"):
+            extension.upgrade()
+
+        assert len(extension.upgrade(database="audit")) == 1
+        assert len(extension.upgrade(database="default")) == 1
+
+
+def test_upgrade_goes_on_after_the_low_level_objects(
+    make_rig: MakeRig, url: str
+) -> None:
+    """What was done through ``op`` before the first upgrade is kept."""
+    rig = make_rig(url)
+    rig.write("aa")
+
+    with rig.app.app_context():
+        rig.alembic.op.execute("CREATE TABLE own (id INTEGER)")
+        assert len(rig.alembic.upgrade()) == 1
+
+    assert "own" in rig.tables
+
+
+def test_run_inside_a_run_is_refused(rig: Rig) -> None:
+    """Alembic's ``op`` can serve only one of them."""
+    body = """
+        from flask import current_app
+        current_app.extensions["alembic"].upgrade_sql()
+    """
+    rig.write("aa", None, body)
+
+    with pytest.raises(FlaskAlembicError, match="running here already"):
+        rig.upgrade()
+
+
+@pytest.mark.mariadb
+def test_mariadb_engine_in_autocommit_rolls_rows_back(
+    make_rig: MakeRig, make_database: MakeDatabase, make_engine: MakeEngine
+) -> None:
+    """A failed revision leaves its DDL there, but none of its rows."""
+    url = make_database("mariadb")
+    execute(url, "CREATE TABLE kept (id INTEGER)")
+    rig = make_rig(url, engine=make_engine(url, isolation_level="AUTOCOMMIT"))
+    rig.write("aa", None, 'op.execute("INSERT INTO kept VALUES (1)")\n1 / 0')
+
+    with pytest.raises(ZeroDivisionError):
+        rig.upgrade()
+
+    assert query(url, "SELECT * FROM kept") == []
 
 
 # -- Offline ---------------------------------------------------------------------------
