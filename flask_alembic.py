@@ -1722,8 +1722,9 @@ def _load_scripts(config: Config) -> tuple[ScriptDirectory, t.Any]:
 
     script = ScriptDirectory.from_config(config)
     # Alembic tells on stdout about each file that it writes; only commands print.
-    script.messaging_opts = {"quiet": True}  # pyright:
-    ignore[reportAttributeAccessIssue] signature = _script_signature(script)
+    quiet: t.Any = {"quiet": True}
+    script.messaging_opts = quiet
+    signature = _script_signature(script)
 
     try:
         loaded = list(script._load_revisions())  # noqa: SLF001

@@ -1391,8 +1391,10 @@ def test_argument_that_is_none_of_its_kind_is_named(
     app: Flask, arguments: dict[str, t.Any]
 ) -> None:
     """A model class in place of its metadata is a common slip."""
-    given = {"metadatas": sa.MetaData(), "engines": sa.create_engine("sqlite://")}
-    extension = Alembic(app, **{**given, **arguments})
+    engine = sa.create_engine("sqlite://")
+    given: dict[str, t.Any] = {"metadatas": sa.MetaData(), "engines": engine}
+    given.update(arguments)
+    extension = Alembic(app, **given)
 
     with app.app_context(), pytest.raises(FlaskAlembicError):
         extension.current()
