@@ -3892,8 +3892,6 @@ def _quick_heads(locations: cabc.Sequence[str]) -> frozenset[str] | None:
 
     ``None`` means "don't know": Alembic may refuse the files, or use a rule of its own.
     Only what running a file would show (an ``ImportError`` in it) stays unseen.
-
-    :param locations: Absolute paths, read neither recursively nor sourceless.
     """
     import graphlib
 
@@ -3903,13 +3901,12 @@ def _quick_heads(locations: cabc.Sequence[str]) -> frozenset[str] | None:
     try:
         for path in _revision_files(locations):
             found = _read_identifiers(path)
-            id_ = t.cast("str", found["revision"])  # if not, join() fails
-            needs, labels = found.get("depends_on"), found.get("branch_labels")
-            below[id_] = _as_names(found["down_revision"]) + _as_names(needs)
-            names += (id_, *_as_names(labels))
+            id_, needs = found["revision"], _as_names(found.get("depends_on"))
+            below[id_] = _as_names(found["down_revision"]) + needs
+            names += (id_, *_as_names(found.get("branch_labels")))
 
+        illegal = {*"".join(below)} & {*"@-+:"}  # fails if an id is no string
         covered = {id_ for ids in below.values() for id_ in ids}
-        illegal = {*"".join(below)} & {*"@-+:"}
         graphlib.TopologicalSorter(below).prepare()  # fails if there is a loop
     except Exception:  # whatever is wrong, Alembic says it better
         return None
@@ -3923,29 +3920,23 @@ def _quick_heads(locations: cabc.Sequence[str]) -> frozenset[str] | None:
 
 def _revision_files(locations: cabc.Iterable[str]) -> cabc.Iterator[str]:
     """Find the files that Alembic would load."""
-    for location in locations:
-        try:
-            entries = list(os.scandir(location))
-        except FileNotFoundError:
-            continue
+    for location in filter(os.path.exists, locations):
+        for entry in list(os.scandir(location)):
+            name = entry.name
+            odd = "__pycache__" in location or "\n" in name or name.strip(".") == "py"
 
-        for entry in entries:
             # Alembic goes by the name that a link leads to. Over the other oddities it
             # stumbles, or looks elsewhere.
-            if entry.is_symlink() or "__pycache__" in location or "\n" in entry.name:
+            if odd or entry.is_symlink():
                 raise ValueError(entry.path)
 
-            if not entry.name.endswith(".py") or entry.is_dir():
-                continue
+            is_source = name.endswith(".py") and not name.startswith((".#", "__init__"))
 
-            if entry.name.strip(".") == "py":
-                raise ValueError(entry.path)
-
-            if not entry.name.startswith((".#", "__init__")):
+            if is_source and not entry.is_dir():
                 yield entry.path
 
 
-def _read_identifiers(path: str) -> dict[str, object]:
+def _read_identifiers(path: str) -> dict[str, t.Any]:
     """Read the literals that a file binds to the identifiers: once, at its top level.
 
     Compiling, with which an import begins, finds each error of syntax, and the bytecode
@@ -3956,13 +3947,25 @@ def _read_identifiers(path: str) -> dict[str, object]:
         source = file.read()
 
     code = compile(source, path, "exec", dont_inherit=True)
-    _refuse_unseen(code)
+    scopes = [code]
+
+    for scope in scopes:  # grows on the way
+        scopes += [each for each in scope.co_consts if isinstance(each, types.CodeType)]
+        unseen = _UNSEEN if scope is code else _UNSEEN | _IDENTIFIERS
+
+        # A star import, or more names than the eight bits of an instruction can number.
+        if ("*",) in scope.co_consts or len(code.co_names) > 256:
+            raise ValueError(path)
+
+        if not unseen.isdisjoint(scope.co_names):
+            raise ValueError(path)
+
     steps, args = code.co_code[::2], code.co_code[1::2]
     wanted = {i: name for i, name in enumerate(code.co_names) if name in _IDENTIFIERS}
     places = [at for at, i in enumerate(args) if i in wanted]
     places = [at for at in places if dis.opname[steps[at]] in _BINDS]
     bound = sorted(wanted[args[at]] for at in places)
-    found: dict[str, object] = {}
+    found: dict[str, t.Any] = {}
 
     if not code.co_exceptiontable and _CROOKED.isdisjoint(steps[: places[-1]]):
         for at in places:
@@ -3972,10 +3975,9 @@ def _read_identifiers(path: str) -> dict[str, object]:
     if sorted(found) != bound:
         for node in ast.parse(source).body:
             match node:
-                case ast.Assign([ast.Name(name)], value) | ast.AnnAssign(
-                    ast.Name(name), _, ast.expr() as value
-                ) if name in bound:
-                    found[name] = ast.literal_eval(value)
+                case ast.Assign([ast.Name(name)]) | ast.AnnAssign(ast.Name(name)):
+                    if name in bound and node.value:
+                        found[name] = ast.literal_eval(node.value)
                 case _:
                     pass
 
@@ -3985,36 +3987,19 @@ def _read_identifiers(path: str) -> dict[str, object]:
     return found
 
 
-def _refuse_unseen(code: types.CodeType) -> None:
-    """Refuse code that may bind an identifier where the bytecode does not show it."""
-    scopes = [code]
-
-    for scope in scopes:  # grows on the way
-        scopes += [each for each in scope.co_consts if isinstance(each, types.CodeType)]
-        unseen = _UNSEEN if scope is code else _UNSEEN | _IDENTIFIERS
-        has_star = ("*",) in scope.co_consts  # from x import *
-
-        # An instruction has eight bits for the number of a name.
-        if has_star or unseen & {*scope.co_names} or len(code.co_names) > 256:
-            raise ValueError(code)
-
-
-def _as_names(value: object) -> tuple[str, ...]:
+def _as_names(value: t.Any) -> tuple[str, ...]:
     """Read none, one or several names, as Alembic does; fail for all but strings."""
-    if isinstance(value, (tuple, list)):
-        return tuple(each + "" for each in t.cast("cabc.Sequence[str]", value))
+    if not isinstance(value, (tuple, list)):
+        value = () if value is None else (value,)
 
-    return () if value is None else (t.cast("str", value) + "",)
+    return tuple(each + "" for each in value)
 
 
 def _signature(
     locations: cabc.Iterable[str], recursive: bool
 ) -> tuple[tuple[str, str, int, int], ...]:
-    """Describe the version locations' files, so that each change of them shows.
-
-    Without the caches, which loading the files writes.
-    """
-    found: list[tuple[str, str, int, int]] = []
+    """Describe the locations' files, but for caches, so that each change shows."""
+    found = []
 
     for location in locations:
         for folder, folders, files in os.walk(location):
@@ -4030,8 +4015,11 @@ def _signature(
 
 
 # -- Commands --------------------------------------------------------------------------
-# Each parses, calls one method, prints: data to stdout, the rest to stderr. What a
-# command needs hangs on it, not on the group, so that one can be mounted elsewhere.
+# Each parses, calls one method, returns what goes to stdout; the rest goes to stderr.
+# What a command needs hangs on it, not on the group: one can be mounted elsewhere.
+
+#: Lines, revisions, or revisions with their mark.
+_Lines: t.TypeAlias = "cabc.Iterable[str | Script | tuple[Script, str]]"
 
 #: By parameter name: how it is written, what its value is ("*": repeatable), help.
 _OPTIONS: t.Final = {
@@ -4068,23 +4056,24 @@ class _Command(click.Command):
 
     def __init__(self, *args: t.Any, **kwargs: t.Any) -> None:
         super().__init__(*args, **kwargs)
-
-        if self.callback is not None:
-            self.callback = _reported(self.callback)
+        self.callback = self.callback and functools.partial(_call, self.callback)
 
     def make_context(self, info_name: t.Any, *args: t.Any, **extra: t.Any) -> t.Any:
-        extra = _with_prefix(info_name, extra)
+        """Let options come from ``FLASK_…`` in a test runner as in a process."""
+        parent: click.Context | None = extra.get("parent")
+
+        if parent is None or parent.auto_envvar_prefix is None:
+            above = parent.command_path.split()[1:] if parent else []
+            prefix = "_".join(("FLASK", *above, info_name or "db"))
+            extra.setdefault("auto_envvar_prefix", prefix)
+
         return super().make_context(info_name, *args, **extra)
 
 
-class _Group(AppGroup):
+class _Group(_Command, AppGroup):
     """Lists commands in the order they were added, aliases beside their command."""
 
     command_class = _Command
-
-    def make_context(self, info_name: t.Any, *args: t.Any, **extra: t.Any) -> t.Any:
-        extra = _with_prefix(info_name, extra)
-        return super().make_context(info_name, *args, **extra)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)
@@ -4093,49 +4082,29 @@ class _Group(AppGroup):
         names: dict[click.Command, str] = {}
 
         for name, each in self.commands.items():
-            if not each.hidden:
-                names[each] = f"{names[each]} ({name})" if each in names else name
+            names[each] = f"{names[each]} ({name})" if each in names else name
 
         limit = max(formatter.width - 6 - max(map(len, names.values())), 20)
+        shown = [(names[x], x.get_short_help_str(limit)) for x in names if not x.hidden]
 
         with formatter.section("Commands"):
-            formatter.write_dl(
-                [(name, each.get_short_help_str(limit)) for each, name in names.items()]
-            )
+            formatter.write_dl(shown)
 
 
-def _reported(callback: cabc.Callable[..., t.Any]) -> cabc.Callable[..., t.Any]:
-    """Make one line of an error of the user's making; show log lines meanwhile."""
+def _call(callback: cabc.Callable[..., t.Any], *args: t.Any, **kwargs: t.Any) -> t.Any:
+    try:
+        with _logging(logging.WARNING if kwargs.get("quiet") else logging.INFO):
+            return callback(*args, **kwargs)
+    except Exception as error:
+        if not _is_user_error(error):
+            raise
 
-    @functools.wraps(callback)
-    def wrapper(*args: t.Any, **kwargs: t.Any) -> t.Any:
-        try:
-            with _logging(logging.WARNING if kwargs.get("quiet") else logging.INFO):
-                return callback(*args, **kwargs)
-        except Exception as error:
-            if not _is_user_error(error):
-                raise
+        if kwargs.get("verbose") or get_debug_flag():
+            from traceback import format_exception
 
-            if kwargs.get("verbose") or get_debug_flag():
-                from traceback import format_exception
+            click.echo("".join(format_exception(error)), err=True, nl=False)
 
-                click.echo("".join(format_exception(error)), err=True, nl=False)
-
-            raise click.ClickException(_user_message(error)) from error
-
-    return wrapper
-
-
-def _with_prefix(name: str | None, extra: dict[str, t.Any]) -> dict[str, t.Any]:
-    """Let options come from ``FLASK_…`` in a test runner as in a ``flask`` process."""
-    parent: click.Context | None = extra.get("parent")
-
-    if parent is None or parent.auto_envvar_prefix is None:
-        above = parent.command_path.split()[1:] if parent else []
-        names = ("FLASK", *above, name or "db")
-        extra.setdefault("auto_envvar_prefix", "_".join(names))
-
-    return extra
+        raise click.ClickException(_user_message(error)) from error
 
 
 #: The commands, for applications that mount them under a group of their own.
@@ -4148,15 +4117,26 @@ cli: t.Final = _Group(
 
 def _command(
     name: str, options: str = "", **arguments: str
-) -> cabc.Callable[[cabc.Callable[..., None]], click.Command]:
+) -> cabc.Callable[[cabc.Callable[..., _Lines]], click.Command]:
     """Add a command with what _OPTIONS says, and arguments with their defaults."""
-    params = [
-        *(_argument(*item) for item in arguments.items()),
-        *(_option(option) for option in f"{options} verbose".split()),
-    ]
+    params: list[click.Parameter] = [_argument(*item) for item in arguments.items()]
+    params += [_option(option) for option in f"{options} verbose".split()]
     # A target may be "-2".
     settings = {"ignore_unknown_options": "target" in arguments}
-    return cli.command(name, params=params, context_settings=settings)
+
+    def add(callback: cabc.Callable[..., _Lines]) -> click.Command:
+        @functools.wraps(callback)
+        def run(verbose: bool, **options: t.Any) -> None:
+            given = {k: v for k, v in options.items() if v not in ((), None)}
+
+            for each in callback(_alembic(), **given):
+                item, mark = each if isinstance(each, tuple) else (each, "")
+                text = item if isinstance(item, str) else _format(item, verbose, mark)
+                click.echo(text)
+
+        return cli.command(name, params=params, context_settings=settings)(run)
+
+    return add
 
 
 def _option(name: str) -> click.Option:
@@ -4168,7 +4148,7 @@ def _option(name: str) -> click.Option:
         multiple=many,
         metavar=metavar.rstrip("*") or None,
         default=_DEFAULTS.get(name, None if metavar else False),
-        help=f"{text} Can be repeated." if many else text,
+        help=text + " Can be repeated." * many,
         shell_complete=_complete,
     )
 
@@ -4192,41 +4172,35 @@ def _check_target(ctx: click.Context, param: click.Parameter, value: str) -> str
     return value
 
 
-def _complete(
-    ctx: click.Context, param: click.Parameter, incomplete: str
-) -> list[t.Any]:
+def _complete(ctx: click.Context, param: t.Any, incomplete: str) -> list[t.Any]:
     """Complete names of databases, branches, revisions; with nothing if it cannot."""
-    import warnings
+    from warnings import catch_warnings
 
     from click.shell_completion import CompletionItem
 
-    try:
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(warnings.catch_warnings(action="ignore"))
+    # What is wrong must not be told in the middle of a line that is being typed.
+    with contextlib.suppress(Exception, SystemExit), catch_warnings(action="ignore"):
+        app = current_app or ctx.ensure_object(ScriptInfo).load_app()
 
-            if not current_app:
-                app = ctx.ensure_object(ScriptInfo).load_app()
-                stack.enter_context(app.app_context())
-
-            names = _completions(_alembic(), str(param.metavar))
+        with app.app_context():
+            names = _completions(_alembic(), str(param.metavar).strip("[].S"))
             found = [name for name in names if name.startswith(incomplete)]
             return [CompletionItem(name, help=names[name]) for name in found]
-    except (Exception, SystemExit):
-        # What is wrong must not be told in the middle of a line that is being typed.
-        return []
+
+    return []
 
 
-def _completions(alembic: Alembic, metavar: str) -> dict[str, str | None]:
-    if metavar == "NAME":
+def _completions(alembic: Alembic, kind: str) -> dict[str, str | None]:
+    if kind == "NAME":
         return dict.fromkeys(alembic.databases)
 
-    if metavar.strip("[].").rstrip("S") not in ("BRANCH", "REVISION", "TARGET"):
+    if kind not in ("BRANCH", "REVISION", "TARGET"):
         return {}
 
     scripts = alembic.log()
     labels = sorted({label for script in scripts for label in script.branch_labels})
 
-    if metavar == "BRANCH":
+    if kind == "BRANCH":
         return dict.fromkeys(labels)
 
     symbols = [*(f"{label}@head" for label in labels), "head", "heads", "base"]
@@ -4234,9 +4208,10 @@ def _completions(alembic: Alembic, metavar: str) -> dict[str, str | None]:
 
 
 @_command("mkdir")
-def _mkdir_command(**_: t.Any) -> None:
+def _mkdir_command(alembic: Alembic) -> _Lines:
     """Make the migrations folder and its template."""
-    _alembic().mkdir()
+    alembic.mkdir()
+    return ()
 
 
 @_command(
@@ -4244,43 +4219,46 @@ def _mkdir_command(**_: t.Any) -> None:
     "message empty branch parent splice depend label path rev_id x database",
     text="",
 )
-def _revision_command(text: str, message: str | None, **options: t.Any) -> None:
+def _revision_command(
+    alembic: Alembic, text: str, message: str = "", **options: t.Any
+) -> _Lines:
     """Write a revision file from what changed in the models."""
     if text and message:
         raise click.UsageError("Give the message either as MESSAGE or with '-m'.")
 
-    made = _alembic().revision(text or message or "", **_given(options))
-    _echo(script.path for script in made)
+    made = alembic.revision(text or message, **options)
 
     if not made:
         click.echo("No changes detected.", err=True)
 
+    return [script.path for script in made]
+
 
 @_command("merge", "message label rev_id splice", revisions="heads")
-def _merge_command(**options: t.Any) -> None:
+def _merge_command(alembic: Alembic, **options: t.Any) -> _Lines:
     """Write a revision file that joins several heads."""
-    click.echo(_alembic().merge(**_given(options)).path)
+    return [alembic.merge(**options).path]
 
 
 @_command("upgrade", "sql plan quiet tag x database", target="heads")
-def _upgrade_command(target: str, **options: t.Any) -> None:
+def _upgrade_command(alembic: Alembic, **options: t.Any) -> _Lines:
     """Run the revisions that lead up to TARGET."""
-    _migrate("upgrade", target, **options)
+    return _migrate(alembic, "upgrade", **options)
 
 
 @_command("downgrade", "sql plan quiet tag x database", target="-1")
-def _downgrade_command(target: str, **options: t.Any) -> None:
+def _downgrade_command(alembic: Alembic, **options: t.Any) -> _Lines:
     """Undo the last revision, or all down to TARGET."""
-    if options["sql"] and not all(target.partition(":")):
+    if options["sql"] and not all(options["target"].partition(":")):
         raise click.UsageError("'--sql' needs START:TARGET here, as 'current:-1'.")
 
-    _migrate("downgrade", target, **options)
+    return _migrate(alembic, "downgrade", **options)
 
 
 @_command("stamp", "purge sql tag x database", targets="heads")
 def _stamp_command(
-    targets: tuple[str, ...], purge: bool, sql: bool, **options: t.Any
-) -> None:
+    alembic: Alembic, targets: tuple[str, ...], purge: bool, sql: bool, **options: t.Any
+) -> _Lines:
     """Write TARGETS into the version table, and run nothing."""
     ranges = [_split_range(each, sql) for each in targets]
     wanted = [target for _, target in ranges]
@@ -4288,51 +4266,61 @@ def _stamp_command(
     if sql and purge:
         raise click.UsageError("Give either '--sql' or '--purge'.")
 
-    if sql:
-        starts = {start for start, _ in ranges if start} or {"base"}
+    if not sql:
+        return map(_format, alembic.stamp(wanted, purge=purge, **options))
 
-        if len(starts) > 1:
-            raise click.UsageError("Give one START only.")
+    starts = {start for start, _ in ranges if start} or {"base"}
 
-        _echo_scripts(_alembic().stamp_sql(wanted, *starts, **_given(options)))
-    else:
-        _echo_revisions(_alembic().stamp(wanted, purge=purge, **_given(options)))
+    if len(starts) > 1:
+        raise click.UsageError("Give one START only.")
+
+    return _sql_lines(alembic.stamp_sql(wanted, *starts, **options))
 
 
 @_command("status", "json database")
-def _status_command(json: bool, **options: t.Any) -> None:
+def _status_command(alembic: Alembic, json: bool, **options: t.Any) -> _Lines:
     """Show where each database stands, and what is pending."""
-    status = _alembic().status(**_given(options))
+    status = alembic.status(**options)
 
-    if json:
-        from json import dumps
+    if not json:
+        return [line for item in status.items() for line in _status_lines(*item)]
 
-        data = {name: _status_data(state) for name, state in status.items()}
-        click.echo(dumps({"databases": data}, indent=2))
-    else:
-        _echo(line for item in status.items() for line in _status_lines(*item))
+    from json import dumps
+
+    # The keys are promised.
+    data = {
+        name: {
+            "current": [script.revision for script in state.current],
+            "heads": [script.revision for script in state.heads],
+            "pending": [
+                {"revision": x.revision, "message": _summary(x), "path": x.path}
+                for x in state.pending
+            ],
+            "unknown": list(state.unknown),
+        }
+        for name, state in status.items()
+    }
+    return [dumps({"databases": data}, indent=2)]
 
 
 @_command("current", "check_heads database")
 def _current_command(
-    check_heads: bool, database: tuple[str, ...], verbose: bool
-) -> None:
+    alembic: Alembic, check_heads: bool, database: cabc.Sequence[str] = ()
+) -> _Lines:
     """Show the revisions that each database is at."""
-    alembic = _alembic()
     found = {name: alembic.current(name) for name in database or alembic.databases}
 
     for name, scripts in found.items():
-        _echo([f"Database: {name}"] if len(found) > 1 else [])
-        _echo_revisions(scripts, verbose)
+        yield from [f"Database: {name}"] if len(found) > 1 else []
+        yield from scripts
 
     if check_heads and alembic.needs_upgrade(database or None):
         raise click.ClickException("Not at the head revisions: run 'flask db upgrade'.")
 
 
 @_command("check", "database")
-def _check_command(database: tuple[str, ...], **_: t.Any) -> None:
+def _check_command(alembic: Alembic, database: cabc.Sequence[str] = ()) -> _Lines:
     """Exit with 1 if the models and the databases differ."""
-    alembic = _alembic()
     lines: list[str] = []
 
     for name in database or alembic.databases:
@@ -4348,73 +4336,66 @@ def _check_command(database: tuple[str, ...], **_: t.Any) -> None:
         lines += [f"  {_format(script)}" for script in heads]
         lines += [f'To merge them: flask db merge -m "merge heads" {ids}']
 
-    _echo(lines or ["No changes detected."])
+    yield from lines or ["No changes detected."]
 
     if lines:
         click.get_current_context().exit(1)
 
 
 @_command("heads", "resolve_dependencies")
-def _heads_command(resolve_dependencies: bool, verbose: bool) -> None:
+def _heads_command(alembic: Alembic, **options: t.Any) -> _Lines:
     """Show the revisions that no other follows."""
-    _echo_revisions(_alembic().heads(resolve_dependencies), verbose)
+    return alembic.heads(**options)
 
 
 @_command("branches")
-def _branches_command(verbose: bool) -> None:
+def _branches_command(alembic: Alembic) -> _Lines:
     """Show the revisions that more than one other follows."""
-    alembic = _alembic()
-
     for script in alembic.branches():
-        click.echo(_format(script, verbose=verbose))
+        yield script
         children = alembic.script_directory.get_revisions(sorted(script.nextrev))
-        _echo(f"    -> {_format(child)}" for child in children)
+        yield from (f"    -> {_format(child)}" for child in children)
 
 
 @_command("log", "start end rev_range indicate_current database")
-def _log_command(
-    rev_range: str | None,
-    indicate_current: bool,
-    database: tuple[str, ...],
-    verbose: bool,
-    **options: t.Any,
-) -> None:
+def _log_command(alembic: Alembic, indicate_current: bool, **options: t.Any) -> _Lines:
     """Show the history, newest first."""
-    if rev_range is not None:
-        if _given(options) or rev_range.count(":") != 1:
+    database, ends = options.pop("database", None), options.pop("rev_range", None)
+
+    if ends is not None:
+        if options or ends.count(":") != 1:
             raise click.UsageError("'-r' takes A:B, in place of '--start' and '--end'.")
 
-        start, _, end = rev_range.partition(":")
-        options = {"start": start or None, "end": end or None}
+        start, _, end = ends.partition(":")
+        options = {"start": start or "base", "end": end or "heads"}
 
-    marks = _marked(database, needed=indicate_current)
-    _echo_revisions(_alembic().log(**_given(options)), verbose, marks)
+    return _marked(alembic, alembic.log(**options), database, indicate_current)
 
 
 @_command("show", "database", revisions="head")
-def _show_command(
-    revisions: tuple[str, ...], database: tuple[str, ...], **_: t.Any
-) -> None:
+def _show_command(alembic: Alembic, revisions: t.Any, database: t.Any = None) -> _Lines:
     """Show all about revisions; 'current' is one."""
-    marks = _marked(database)
-    scripts = [script for name in revisions for script in _resolve(name, database)]
-    _echo_revisions(scripts, True, marks)
+    scripts = [x for name in revisions for x in _resolve(alembic, name, database)]
+    return [_format(x, True, mark) for x, mark in _marked(alembic, scripts, database)]
 
 
 @_command("edit", revision="head")
-def _edit_command(revision: str, **_: t.Any) -> None:
+def _edit_command(alembic: Alembic, revision: str) -> _Lines:
     """Open the file of a revision in the editor."""
-    for script in _resolve(revision):
+    for script in _resolve(alembic, revision):
         click.edit(filename=script.path)
+
+    return ()
 
 
 @_command("ensure-version", "sql database")
-def _ensure_version_command(sql: bool, **options: t.Any) -> None:
+def _ensure_version_command(alembic: Alembic, sql: bool, **options: t.Any) -> _Lines:
     """Make the version table where it is missing."""
     if sql:
-        _echo_scripts(_alembic().ensure_version_sql(**_given(options)))
-    else:
-        _alembic().ensure_version(**_given(options))
+        return _sql_lines(alembic.ensure_version_sql(**options))
+
+    alembic.ensure_version(**options)
+    return ()
 
 
 for _alias, _name in (("init", "mkdir"), ("migrate", "revision"), ("history", "log")):
@@ -4431,12 +4412,6 @@ def _alembic() -> Alembic:
     return t.cast("Alembic", current_app.extensions["alembic"])
 
 
-def _given(options: dict[str, t.Any]) -> dict[str, t.Any]:
-    """Options as the methods take them: without those that were not given."""
-    names = [name for name in options if options[name] not in ((), None)]
-    return {name: options[name] for name in names if name != "verbose"}
-
-
 def _split_range(target: str, sql: bool) -> tuple[str, str]:
     """Take ``[START:]TARGET`` apart."""
     start, colon, end = target.rpartition(":")
@@ -4450,49 +4425,62 @@ def _split_range(target: str, sql: bool) -> tuple[str, str]:
     return start, end
 
 
-def _migrate(
-    verb: str, target: str, *, sql: bool, plan: bool, quiet: bool, **options: t.Any
-) -> None:
+def _migrate(alembic: t.Any, verb: str, target: str, **options: t.Any) -> _Lines:
     """Upgrade or downgrade, or tell what that would do."""
-    alembic: t.Any = _alembic()
+    sql, plan, quiet = (options.pop(name) for name in ("sql", "plan", "quiet"))
     start, target = _split_range(target, sql)
-    options = _given(options)
 
     if sql and plan:
         raise click.UsageError("Give either '--sql' or '--plan'.")
 
     if sql:
         scripts = getattr(alembic, f"{verb}_sql")(target, start or "base", **options)
-        _echo_scripts(scripts)
-    elif plan:
-        steps = getattr(alembic, f"{verb}_plan")(target, **options)
-        _echo(line for item in steps.items() for line in _plan_lines(verb, *item))
-    else:
-        with _shown_progress(verb, quiet, len(alembic.databases) > 1):
-            getattr(alembic, verb)(target, **options)
+        return _sql_lines(scripts)
 
+    if plan:
+        plans = getattr(alembic, f"{verb}_plan")(target, **options).items()
+        return [line for item in plans for line in _plan_lines(verb, *item)]
 
-def _resolve(name: str, database: tuple[str, ...] = ()) -> tuple[Script, ...]:
-    """The revisions that a name stands for; ``current`` asks the databases."""
-    alembic = _alembic()
+    lines = _ProgressLines(len(alembic.databases) > 1)
+    token = _progress.set(None if quiet else lines)
+    began = time.perf_counter()
 
-    if name == "current":
-        return alembic.current(database or None)
-
-    return tuple(_scripts(alembic.script_directory, _identifiers(name)))
-
-
-def _marked(database: tuple[str, ...], needed: bool = False) -> set[str]:
-    """Ids to mark as current; none without a database, unless needed."""
     try:
-        status = _alembic().status(database or None)
+        getattr(alembic, verb)(target, **options)
+    finally:
+        _progress.reset(token)
+        lines.end_line(" failed")
+
+    if not quiet:
+        seconds = time.perf_counter() - began
+        done = f"{_count(len(lines.done))} {verb}d in {seconds:.2f}s."
+        click.echo(done if lines.done else "Nothing to do.", err=True)
+
+    return ()
+
+
+def _resolve(alembic: Alembic, name: str, database: t.Any = None) -> list[Script]:
+    """The revisions that a name stands for; ``current`` asks the databases."""
+    if name == "current":
+        return list(alembic.current(database))
+
+    return _scripts(alembic.script_directory, _identifiers(name))
+
+
+def _marked(
+    alembic: Alembic, scripts: list[Script], database: t.Any, needed: bool = False
+) -> list[tuple[Script, str]]:
+    """Mark the current revisions; none without a database, unless needed."""
+    try:
+        states = alembic.status(database).values()
+        current = {each.revision for state in states for each in state.current}
     except Exception as error:
         if needed or not _is_user_error(error):
             raise
 
-        return set()
+        current = set()
 
-    return {script.revision for each in status.values() for script in each.current}
+    return [(x, " (current)" if x.revision in current else "") for x in scripts]
 
 
 def _summary(script: Script) -> str:
@@ -4517,22 +4505,12 @@ def _format(script: Script, verbose: bool = False, mark: str = "") -> str:
     return text
 
 
-def _echo_revisions(
-    scripts: cabc.Iterable[Script],
-    verbose: bool = False,
-    marked: cabc.Container[str] = (),
-) -> None:
-    for script in scripts:
-        mark = " (current)" if script.revision in marked else ""
-        click.echo(_format(script, verbose, mark))
-
-
 def _width(text: str) -> int:
     """The columns that a text takes on a terminal."""
-    from unicodedata import combining
-    from unicodedata import east_asian_width as kind
+    import unicodedata as data
 
-    return sum(0 if combining(c) else 1 + (kind(c) in "WF") for c in text)
+    seen = [char for char in text if not data.combining(char)]
+    return len(seen) + sum(data.east_asian_width(char) in "WF" for char in seen)
 
 
 def _table(rows: list[tuple[str, str]]) -> list[str]:
@@ -4550,15 +4528,10 @@ def _count(number: int, noun: str = "revision") -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
-def _echo(lines: cabc.Iterable[str]) -> None:
-    for line in lines:
-        click.echo(line)
-
-
-def _echo_scripts(scripts: dict[str, str]) -> None:
+def _sql_lines(scripts: dict[str, str]) -> cabc.Iterator[str]:
     for name, script in scripts.items():
-        header = f"-- Database: {name}\n\n" if len(scripts) > 1 else ""
-        click.echo(f"{header}{script.rstrip()}{header and chr(10)}")
+        text = script.rstrip()
+        yield f"-- Database: {name}\n\n{text}\n" if len(scripts) > 1 else text
 
 
 def _plan_lines(verb: str, name: str, steps: list[PlannedStep]) -> cabc.Iterator[str]:
@@ -4584,54 +4557,35 @@ def _status_lines(name: str, state: DatabaseStatus) -> cabc.Iterator[str]:
         words = _style("up to date", fg="green")
 
     yield f"{name}: {words}"
-    groups = {"current": state.current, "head": state.heads, "pending": state.pending}
+    kinds = zip(("current", "head", "pending"), state[:3], strict=True)
     rows = [
         (f"  {kind:<7}  {script.revision}", _summary(script))
-        for kind, scripts in groups.items()
+        for kind, scripts in kinds
         for script in scripts
     ]
     rows += [(f"  unknown  {revision}", "no file has it") for revision in state.unknown]
     yield from _table(rows)
 
 
-def _status_data(state: DatabaseStatus) -> dict[str, t.Any]:
-    """What ``status --json`` prints of a database. Its keys are promised."""
-    return {
-        "current": [script.revision for script in state.current],
-        "heads": [script.revision for script in state.heads],
-        "pending": [
-            {"revision": each.revision, "message": _summary(each), "path": each.path}
-            for each in state.pending
-        ],
-        "unknown": list(state.unknown),
-    }
-
-
 @contextlib.contextmanager
 def _logging(level: int) -> cabc.Generator[None]:
     """Show log lines, unless something does already; leave no trace."""
-    loggers = [logging.getLogger("alembic"), _logger]
+    alembic = logging.getLogger("alembic")
+    handlers = [each for x in (alembic, _logger, logging.root) for each in x.handlers]
     # Of Alembic's own, "Detected ..." is shown; "Running ..." is what progress tells.
-    levelled = [logging.getLogger("alembic.autogenerate"), _logger]
-    former = [logger.level for logger in levelled]
+    shown = ((alembic, alembic.getChild("autogenerate")), (_logger, _logger))
     handler = _StderrHandler()
-    handlers = [each for x in (*loggers, logging.root) for each in x.handlers]
 
-    # Alembic itself adds one that does nothing.
-    if not all(isinstance(each, logging.NullHandler) for each in handlers):
+    with contextlib.ExitStack() as undo:
+        # Alembic itself adds one that does nothing.
+        if all(isinstance(each, logging.NullHandler) for each in handlers):
+            for logger, chatty in shown:
+                undo.callback(logger.removeHandler, handler)
+                undo.callback(chatty.setLevel, chatty.level)
+                logger.addHandler(handler)
+                chatty.setLevel(level)
+
         yield
-        return
-
-    for logger, chatty in zip(loggers, levelled, strict=True):
-        logger.addHandler(handler)
-        chatty.setLevel(level)
-
-    try:
-        yield
-    finally:
-        for logger, chatty, old in zip(loggers, levelled, former, strict=True):
-            logger.removeHandler(handler)
-            chatty.setLevel(old)
 
 
 class _StderrHandler(logging.Handler):
@@ -4649,32 +4603,11 @@ class _StderrHandler(logging.Handler):
         click.echo(text, err=True)
 
 
-@contextlib.contextmanager
-def _shown_progress(verb: str, quiet: bool, named: bool) -> cabc.Generator[None]:
-    """Show each revision as it runs, then how many ran in what time."""
-    lines = _ProgressLines(named)
-    token = _progress.set(None if quiet else lines)
-    began = time.perf_counter()
-
-    try:
-        yield
-    finally:
-        _progress.reset(token)
-        lines.end_line(" failed")
-
-    if not quiet:
-        seconds = time.perf_counter() - began
-        done = f"{_count(len(lines.done))} {verb}d in {seconds:.2f}s."
-        click.echo(done if lines.done else "Nothing to do.", err=True)
-
-
 class _ProgressLines:
     """Begins a line when a revision starts, and ends it with the time that it took."""
 
     def __init__(self, named: bool) -> None:
-        self.named = named
-        self.done: set[str] = set()
-        self._open = False
+        self.named, self.done, self._open = named, set[str](), False
 
     def __call__(self, step: _Progress) -> None:
         terminal = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
@@ -4693,18 +4626,16 @@ class _ProgressLines:
         if step.seconds is None:
             self.end_line()
             click.echo(f"{place}  {name}{text} ...", err=True, nl=False)
-            self._open = True
-            return
+        else:
+            if terminal:
+                place, name = _style(f"\r{place}", dim=True), _style(name, fg="cyan")
 
-        if terminal:
-            place, name = _style(f"\r{place}", dim=True), _style(name, fg="cyan")
+            # Again for colour on a terminal, and where something came between.
+            line = f"{place}  {name}{text} ..." if terminal or not self._open else ""
+            click.echo(f"{line} {step.seconds:.2f}s", err=True)
+            self.done.add(step.revision.revision)
 
-        # Again on a terminal, where it gets colour, and where something came between.
-        again = terminal or not self._open
-        line = f"{place}  {name}{text} ..." if again else ""
-        click.echo(f"{line} {step.seconds:.2f}s", err=True)
-        self._open = False
-        self.done.add(step.revision.revision)
+        self._open = step.seconds is None
 
     def end_line(self, end: str = "") -> None:
         """End a line that waits for its time."""
