@@ -3725,7 +3725,9 @@ def _escape_message(message: str, encoding: str) -> str:
         if char.isprintable() and char.encode(encoding, "ignore"):
             return char
 
-        return char.encode("unicode_escape").decode()
+        # Half of a surrogate pair is shown: Python 3.13 takes none in a docstring.
+        slash = "\\" if "\ud800" <= char <= "\udfff" else ""
+        return slash + char.encode("unicode_escape").decode()
 
     # Of several quotes, and at the end, none may join the three that close.
     text = re.sub(r'\\|"(?="|\Z)', r"\\\g<0>", message)
@@ -4073,7 +4075,7 @@ class _Command(click.Command):
 class _Group(_Command, AppGroup):
     """Lists commands in the order they were added, aliases beside their command."""
 
-    command_class = _Command
+    command_class: type[click.Command] | None = _Command
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)
