@@ -4058,7 +4058,9 @@ class _Command(click.Command):
 
     def __init__(self, *args: t.Any, **kwargs: t.Any) -> None:
         super().__init__(*args, **kwargs)
-        self.callback = self.callback and functools.partial(_call, self.callback)
+
+        if self.callback is not None:
+            self.callback = t.cast(t.Any, functools.partial(_call, self.callback))
 
     def make_context(self, info_name: t.Any, *args: t.Any, **extra: t.Any) -> t.Any:
         """Let options come from ``FLASK_…`` in a test runner as in a process."""
@@ -4110,7 +4112,7 @@ def _call(callback: cabc.Callable[..., t.Any], *args: t.Any, **kwargs: t.Any) ->
 
 
 #: The commands, for applications that mount them under a group of their own.
-cli: t.Final = _Group(
+cli: t.Final[AppGroup] = _Group(
     "db",
     help="Perform database migrations.",
     epilog='\b\nExample:\n  flask db revision "add users"\n  flask db upgrade',
