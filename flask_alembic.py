@@ -861,11 +861,16 @@ class Alembic:
         ):
             return False
 
-        heads = sorted(_quick_heads(settings.locations) or ())
-        return bool(heads) and all(
-            _version_rows(scope.connect(self, name), _own_options(name)) == heads
+        found = [
+            _version_rows(scope.connect(self, name), _own_options(name))
             for name in scope.names(self)
-        )
+        ]
+
+        if not found[0] or any(rows != found[0] for rows in found):
+            return False  # without a look at the files, which costs most
+
+        heads = _quick_heads(settings.locations)
+        return heads is not None and sorted(heads) == found[0]
 
     def _check_template(self) -> None:
         """Refuse a template that would write a file without its operations."""
