@@ -1781,7 +1781,8 @@ def _file_of(error: BaseException) -> str:
 
 def _identifiers(target: RevisionTarget) -> str | tuple[str, ...]:
     """A target as Alembic takes it: an id or symbol, or several."""
-    if isinstance(target, (str, int)) and target != "" and target not in (True, False):
+    # A bool is an int, and 1 equals True: only its type tells.
+    if isinstance(target, (str, int)) and target != "" and type(target) is not bool:
         return str(target)
 
     if isinstance(revision := getattr(target, "revision", None), str):

@@ -1366,6 +1366,17 @@ def test_target_of_a_wrong_type_is_refused(
         assert [each.revision for each in extension.current()] == ["aa"]
 
 
+def test_one_step_is_counted_as_an_int(app: Flask, tmp_path: pathlib.Path) -> None:
+    """``1`` equals ``True`` for Python, and is a count all the same."""
+    write_revision(tmp_path / "migrations", "aa")
+    extension = build_sqlite(app)
+
+    with app.app_context():
+        for count in (1, "1"):
+            assert [each.revision for each in extension.upgrade(count)] == ["aa"]
+            assert [each.revision for each in extension.downgrade(count)] == ["aa"]
+
+
 def test_stamp_of_a_line_twice_is_refused(app: Flask, tmp_path: pathlib.Path) -> None:
     """No command could use a version table that has both."""
     write_revision(tmp_path / "migrations", "aa")
