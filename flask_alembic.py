@@ -660,7 +660,7 @@ class Alembic:
             heads = tuple(script.get_revisions("heads"))
             result = {}
 
-            for name, rows in self._rows(scope).items():
+            for name, rows in self._rows().items():
                 unknown = _unknown(script, rows)
                 known = tuple(each for each in rows if each not in unknown)
                 current = tuple(script.get_revisions(known))
@@ -681,7 +681,7 @@ class Alembic:
 
         def work(scope: _Scope) -> bool:
             is_current = self._is_current(scope, steps)
-            return not is_current and any(_pending(self, scope, steps).values())
+            return not is_current and any(_pending(self, steps).values())
 
         return self._call(work, database=database)
 
@@ -782,7 +782,7 @@ class Alembic:
         live = steps.start == "current"
 
         def work(scope: _Scope) -> dict[str, str]:
-            rows = self._rows(scope) if live else None
+            rows = self._rows() if live else None
             return _run_offline(self, scope, steps, rows)
 
         return self._call(work, live, **options)
@@ -827,7 +827,7 @@ class Alembic:
 
         return scope.contexts[name]
 
-    def _rows(self, scope: _Scope) -> dict[str, _Heads]:
+    def _rows(self) -> dict[str, _Heads]:
         """The ids in each database's version table."""
         rows = {}
 
@@ -841,7 +841,7 @@ class Alembic:
         script = self.script_directory
         found: dict[str, Script] = {}
 
-        for name, rows in self._rows(scope).items():
+        for name, rows in self._rows().items():
             _refuse_unknown(script, rows, name)
             found.update((s.revision, s) for s in script.get_revisions(rows))
 
@@ -1922,7 +1922,7 @@ class _Steps:
         return isinstance(target, str) and target.rpartition("@")[2][:1] in ("+", "-")
 
 
-def _pending(extension: Alembic, scope: _Scope, steps: _Steps) -> dict[str, bool]:
+def _pending(extension: Alembic, steps: _Steps) -> dict[str, bool]:
     """Which databases have something to do; nothing is locked or written."""
     found = {}
 
@@ -2201,7 +2201,7 @@ def _run_online(
     """Run steps on a scope's databases: on all or none, as far as they allow."""
     scope.ran.clear()
 
-    if isinstance(fn, _Steps) and _is_idle(extension, scope, fn):
+    if isinstance(fn, _Steps) and _is_idle(extension, fn):
         return
 
     while True:
@@ -2223,10 +2223,10 @@ def _refuse_nested() -> None:
         )
 
 
-def _is_idle(extension: Alembic, scope: _Scope, steps: _Steps) -> bool:
+def _is_idle(extension: Alembic, steps: _Steps) -> bool:
     """Whether no database has anything to do, as far as it can be read."""
     try:
-        return not any(_pending(extension, scope, steps).values())
+        return not any(_pending(extension, steps).values())
     except exc.OperationalError as error:
         # SQLite keeps even readers out while another process writes much. The guard
         # waits for it.
@@ -2410,7 +2410,7 @@ def _plan(
     _refuse_nested()
     result = {}
 
-    for name, rows in extension._rows(scope).items():
+    for name, rows in extension._rows().items():
         target = scope.targets(extension)[name]
         run = _Run(extension, scope, target, steps, start=rows)
 

@@ -3903,6 +3903,20 @@ def lite_state(engine: sa.Engine) -> list[t.Any]:
         return [*pragmas, driver.isolation_level, getattr(driver, "autocommit", -1)]
 
 
+def check_atomic(rig: Rig, engine: sa.Engine) -> None:
+    """A good upgrade is kept, a failing one is not; the connection is as it was."""
+    before = lite_state(engine)
+    rig.write("aa", None, 'op.create_table("made", sa.Column("id", sa.Integer))')
+    assert rig.upgrade() == ["aa"]
+    rig.write("bb", "aa", GUARD_FAILING)
+
+    with pytest.raises(ValueError, match="not today"):
+        rig.upgrade()
+
+    assert rig.tables == {"made"}
+    assert lite_state(engine) == before
+
+
 BATCH: t.Final = """
     with op.batch_alter_table("parent", recreate="always") as batch:
         batch.alter_column("name", new_column_name="title")
@@ -4008,16 +4022,7 @@ def test_sqlite_recipe_of_sqlalchemy_still_works(
         connection.exec_driver_sql("BEGIN")
 
     rig = make_rig(url, engine=engine)
-    before = lite_state(engine)
-    rig.write("aa", None, 'op.create_table("made", sa.Column("id", sa.Integer))')
-    assert rig.upgrade() == ["aa"]
-    rig.write("bb", "aa", GUARD_FAILING)
-
-    with pytest.raises(ValueError, match="not today"):
-        rig.upgrade()
-
-    assert rig.tables == {"made"}
-    assert lite_state(engine) == before
+    check_atomic(rig, engine)
 
 
 @pytest.mark.parametrize("by", ["create_engine", "execution_options"])
@@ -4176,16 +4181,7 @@ def test_sqlite_driver_that_is_always_in_a_transaction(
     url = make_database("sqlite")
     engine = make_engine(url, connect_args={"autocommit": False} if is_new else {})
     rig = make_rig(url, engine=engine)
-    before = lite_state(engine)
-    rig.write("aa", None, 'op.create_table("made", sa.Column("id", sa.Integer))')
-    assert rig.upgrade() == ["aa"]
-    rig.write("bb", "aa", GUARD_FAILING)
-
-    with pytest.raises(ValueError, match="not today"):
-        rig.upgrade()
-
-    assert rig.tables == {"made"}
-    assert lite_state(engine) == before
+    check_atomic(rig, engine)
 
 
 @pytest.mark.parametrize("end", ["commit()", "rollback()"])
