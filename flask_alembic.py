@@ -38,6 +38,7 @@ import uuid
 import warnings
 import weakref
 from contextvars import ContextVar
+from importlib.machinery import SourceFileLoader
 
 import click
 import sqlalchemy as sa
@@ -3907,8 +3908,8 @@ def _quick_heads(locations: cabc.Sequence[str]) -> frozenset[str] | None:
     names = ["", "base", "head", "heads"]  # not for ids: three are targets
 
     try:
-        for path in _revision_files(locations):
-            found = _read_identifiers(path)
+        for path, has_cache in _revision_files(locations):
+            found = _read_identifiers(path, has_cache)
             id_, needs = found["revision"], _as_names(found.get("depends_on"))
             below[id_] = _as_names(found["down_revision"]) + needs
             names += (id_, *_as_names(found.get("branch_labels")))
@@ -3926,9 +3927,16 @@ def _quick_heads(locations: cabc.Sequence[str]) -> frozenset[str] | None:
     return frozenset({*below} - covered)  # dependencies have no row: the "real heads"
 
 
-def _revision_files(locations: cabc.Iterable[str]) -> cabc.Iterator[str]:
-    """Find the files that Alembic would load."""
+def _revision_files(
+    locations: cabc.Iterable[str],
+) -> cabc.Iterator[tuple[str, bool]]:
+    """Find the files that Alembic would load, and whether their bytecode is cached."""
+    from importlib.util import cache_from_source
+
     for location in filter(os.path.exists, locations):
+        cache = os.path.dirname(cache_from_source(os.path.join(location, "_.py")))
+        has_cache = os.path.isdir(cache)
+
         for entry in list(os.scandir(location)):
             name = entry.name
             odd = "__pycache__" in location or "\n" in name or name.strip(".") == "py"
@@ -3941,20 +3949,22 @@ def _revision_files(locations: cabc.Iterable[str]) -> cabc.Iterator[str]:
             is_source = name.endswith(".py") and not name.startswith((".#", "__init__"))
 
             if is_source and not entry.is_dir():
-                yield entry.path
+                yield entry.path, has_cache
 
 
-def _read_identifiers(path: str) -> dict[str, t.Any]:
+def _read_identifiers(path: str, has_cache: bool = False) -> dict[str, t.Any]:
     """Read the literals that a file binds to the identifiers: once, at its top level.
 
     Compiling, with which an import begins, finds each error of syntax, and the bytecode
     shows every place that binds a name. A syntax tree would double the time: it is for
     values that are no constants, or stand behind a jump.
     """
-    with open(path, "rb", buffering=0) as file:
-        source = file.read()
+    if has_cache:
+        # What Alembic's own import would run, even where it is out of date.
+        code = t.cast("types.CodeType", SourceFileLoader(path, path).get_code(path))
+    else:
+        code = compile(_source(path), path, "exec", dont_inherit=True)
 
-    code = compile(source, path, "exec", dont_inherit=True)
     scopes = [code]
 
     for scope in scopes:  # grows on the way
@@ -3981,7 +3991,7 @@ def _read_identifiers(path: str) -> dict[str, t.Any]:
                 found[wanted[args[at]]] = code.co_consts[args[at - 1]]
 
     if sorted(found) != bound:
-        for node in ast.parse(source).body:
+        for node in ast.parse(_source(path)).body:
             match node:
                 case ast.Assign([ast.Name(name)]) | ast.AnnAssign(ast.Name(name)):
                     if name in bound and node.value:
@@ -3993,6 +4003,11 @@ def _read_identifiers(path: str) -> dict[str, t.Any]:
         raise ValueError(path)
 
     return found
+
+
+def _source(path: str) -> bytes:
+    with open(path, "rb", buffering=0) as file:
+        return file.read()
 
 
 def _as_names(value: t.Any) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import asyncio
 import collections.abc as cabc
+import compileall
 import concurrent.futures
 import contextlib
 import dataclasses
@@ -20,6 +21,7 @@ import json
 import logging
 import os
 import pathlib
+import py_compile
 import re
 import runpy
 import shlex
@@ -6989,6 +6991,23 @@ def test_quick_heads_several_locations(tmp_path: pathlib.Path) -> None:
     assert _quick_heads([one, one]) is None
 
 
+def test_quick_heads_reads_the_bytecode_that_alembic_runs(
+    tmp_path: pathlib.Path,
+) -> None:
+    """A file whose time and size stayed is what its bytecode says, as in an import."""
+    location = _quick_write(tmp_path, a=_QUICK_A + _QUICK_UNDO)
+    py_compile.compile(str(tmp_path / "a.py"))
+    time_ns = (tmp_path / "a.py").stat().st_mtime_ns
+    _quick_write(tmp_path, a=_QUICK_A.replace("'a'", "'z'") + _QUICK_UNDO)
+    os.utime(tmp_path / "a.py", ns=(time_ns, time_ns))
+    answer = _quick_heads([location])
+    assert answer == frozenset({"a"})
+    _quick_check(answer, location)
+
+    os.utime(tmp_path / "a.py", ns=(0, 0))
+    assert _quick_heads([location]) == frozenset({"z"})
+
+
 #: Code that changes nothing, wherever it can stand.
 _QUICK_HARMLESS: t.Final = [
     "if len('x'):\n    other = 1",
@@ -7112,6 +7131,13 @@ def _quick_source(data: st.DataObject, revision: _QuickRevision) -> str:
     return source.replace("\n", data.draw(st.sampled_from(["\n", "\n", "\r\n"])))
 
 
+def _quick_compile(data: st.DataObject, location: str) -> None:
+    """Leave the bytecode that an import leaves, or not."""
+    if data.draw(st.booleans()):
+        with warnings.catch_warnings(action="ignore"):
+            compileall.compile_dir(location, quiet=2)
+
+
 @_QUICK_SETTINGS
 @hypothesis.given(st.data())
 def test_quick_heads_always_answers_plain_histories(data: st.DataObject) -> None:
@@ -7121,6 +7147,7 @@ def test_quick_heads_always_answers_plain_histories(data: st.DataObject) -> None
 
     with tempfile.TemporaryDirectory() as folder:
         location = _quick_write(pathlib.Path(folder), **sources)
+        _quick_compile(data, location)
         answer = _quick_heads([location])
         assert answer is not None
         _quick_check(answer, location)
@@ -7167,6 +7194,7 @@ def test_quick_heads_is_never_wrong(data: st.DataObject) -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         location = _quick_write(pathlib.Path(folder), **sources)
+        _quick_compile(data, location)
 
         with warnings.catch_warnings():
             warnings.simplefilter("error")
