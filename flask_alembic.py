@@ -2264,7 +2264,7 @@ def _run_once(
                 for name in order:
                     connection = contexts[name].connection
                     assert connection is not None
-                    guard = _guard(contexts[name], connection, settings)
+                    guard = _guard(name, contexts[name], connection, settings)
                     checks.append(stack.enter_context(guard))
                     run = _Run(extension, scope, targets[name], fn, connection)
                     stack.enter_context(_listening(connection, commit=run.count_commit))
@@ -2481,48 +2481,26 @@ def _dropped_by(sql: str) -> list[str]:
 # atomic, sets the server's timeouts, and leaves the connection as it was.
 
 
-@contextlib.contextmanager
 def _guard(
-    context: MigrationContext, connection: sa.Connection, settings: _Settings
-) -> cabc.Generator[cabc.Callable[[], None]]:
+    name: str,
+    context: MigrationContext,
+    connection: sa.Connection,
+    settings: _Settings,
+) -> contextlib.AbstractContextManager[cabc.Callable[[], None]]:
     """Guard one database; gives the check that has to pass before any commit."""
-    check: cabc.Callable[[], None] = lambda: None  # noqa: E731
-    name, kind = _name_of(context), connection.dialect.name
-
     if connection.in_transaction():
         # What the caller did through the low-level objects; Alembic would commit it
         # too.
         connection.commit()
 
-    with contextlib.ExitStack() as stack:
-        if kind == "sqlite":
-            atomic = context.impl.transactional_ddl
-            stack.enter_context(_sqlite_guard(name, connection, settings, atomic))
-            check = stack.enter_context(_sqlite_keys(name, connection))
-        elif kind in ("postgresql", *_MYSQL):
-            driver = connection.connection.dbapi_connection
+    if connection.dialect.name == "sqlite":
+        atomic = context.impl.transactional_ddl
+        return _sqlite_guard(name, connection, settings, atomic)
 
-            autocommit = getattr(driver, "autocommit", False) is True
+    if connection.dialect.name in ("postgresql", *_MYSQL):
+        return _server_guard(name, context, connection, settings)
 
-            if kind in _MYSQL:
-                query = connection.exec_driver_sql("SELECT @@autocommit")
-                autocommit = query.scalar() == 1
-                connection.rollback()
-
-            if autocommit:
-                # An engine in AUTOCOMMIT has no transaction that could be rolled back.
-                level = connection.default_isolation_level
-                connection.execution_options(isolation_level=level)
-
-            if settings.migration_lock:
-                schema = context.version_table_schema
-                schema = schema or connection.dialect.default_schema_name or ""
-                place = f"{schema}.{context.version_table}"
-                stack.enter_context(_server_lock(name, connection, place, settings))
-
-            stack.enter_context(_server_timeouts(connection, settings))
-
-        yield check
+    return contextlib.nullcontext(_nothing)
 
 
 def _wait(
@@ -2549,74 +2527,95 @@ def _wait(
         pause = min(pause * 1.5, 0.5)
 
 
-def _lock_statements(kind: str, place: str) -> tuple[sa.TextClause, sa.TextClause, str]:
-    """How to take and release a server's lock, and how to find its holder.
-
-    PostgreSQL's advisory locks belong to a database, MySQL's named locks to the server.
-    """
-    import hashlib
-
-    digest = hashlib.sha256(f"flask_alembic:{place}".encode()).digest()
-    key: int | str
-
-    if kind == "postgresql":
-        key = int.from_bytes(digest[:8], signed=True)
-        take = "SELECT pg_try_advisory_lock(CAST(:key AS bigint))"
-        release = "SELECT pg_advisory_unlock(CAST(:key AS bigint))"
-        advice = (
-            "SELECT a.* FROM pg_locks l JOIN pg_stat_activity a USING (pid)"
-            " WHERE l.locktype = 'advisory' AND l.granted"
-        )
+@contextlib.contextmanager
+def _server_guard(
+    name: str,
+    context: MigrationContext,
+    connection: sa.Connection,
+    settings: _Settings,
+) -> cabc.Generator[cabc.Callable[[], None]]:
+    if connection.dialect.name in _MYSQL:
+        autocommit = connection.exec_driver_sql("SELECT @@autocommit").scalar() == 1
+        connection.rollback()
     else:
-        # At most 64 characters, and compared without case.
-        key = f"flask_alembic:{digest.hex()[:40]}"
-        take, release = "SELECT GET_LOCK(:key, 0)", "SELECT RELEASE_LOCK(:key)"
-        holder = f"IS_USED_LOCK('{key}')"
-        advice = f"SELECT * FROM information_schema.processlist WHERE id = {holder}"
+        driver = connection.connection.dbapi_connection
+        autocommit = getattr(driver, "autocommit", False) is True
 
-    take_it, release_it = (sa.text(x).bindparams(key=key) for x in (take, release))
-    return take_it, release_it, advice
+    if autocommit:
+        # An engine in AUTOCOMMIT has no transaction that could be rolled back.
+        level = connection.default_isolation_level
+        connection.execution_options(isolation_level=level)
+
+    with contextlib.ExitStack() as stack:
+        if settings.migration_lock:
+            schema = context.version_table_schema
+            schema = schema or connection.dialect.default_schema_name or ""
+            place = f"{schema}.{context.version_table}"
+            stack.enter_context(_server_lock(name, connection, place, settings))
+
+        stack.enter_context(_server_timeouts(connection, settings))
+        yield _nothing
 
 
 @contextlib.contextmanager
 def _server_lock(
     name: str, connection: sa.Connection, place: str, settings: _Settings
 ) -> cabc.Generator[None]:
-    """Hold the server's lock, at session level: a transaction would lose it."""
-    kind = connection.dialect.name
-    take, release, advice = _lock_statements(kind, place)
-    held = True
+    """Hold the server's lock, at session level: a transaction would lose it.
+
+    PostgreSQL's advisory locks belong to a database, MySQL's named locks to the server.
+    """
+    import hashlib
+
+    digest = hashlib.sha256(f"flask_alembic:{place}".encode()).hexdigest()
+    is_postgresql = connection.dialect.name == "postgresql"
+    held = False
+
+    if is_postgresql:
+        key = int(digest[:15], 16)
+        take = f"SELECT pg_try_advisory_lock({key})"
+        release = f"SELECT pg_advisory_unlock({key})"
+        advice = (
+            "SELECT a.* FROM pg_locks l JOIN pg_stat_activity a USING (pid)"
+            " WHERE l.locktype = 'advisory' AND l.granted"
+        )
+    else:
+        # At most 64 characters, and compared without case.
+        lock = f"'flask_alembic:{digest[:40]}'"
+        take, release = f"SELECT GET_LOCK({lock}, 0)", f"SELECT RELEASE_LOCK({lock})"
+        holder = f"IS_USED_LOCK({lock})"
+        advice = f"SELECT * FROM information_schema.processlist WHERE id = {holder}"
 
     def attempt() -> bool:
+        nonlocal held
+        held = True  # for an interrupt that comes just after the lock did
+
         try:
-            return bool(connection.scalar(take))
+            held = bool(connection.exec_driver_sql(take).scalar())
+            return held
         finally:
             connection.rollback()
 
     try:
-        _wait(name, settings.migration_lock_timeout, attempt, advice)
-    except exc.DBAPIError as error:
-        # Servers that speak PostgreSQL's protocol may lack the function (42883) or
-        # refuse it (0A000): CockroachDB, YugabyteDB, Redshift.
-        code = getattr(error.orig, "sqlstate", None) or getattr(error.orig, "pgcode", 0)
+        try:
+            _wait(name, settings.migration_lock_timeout, attempt, advice)
+        except exc.DBAPIError as error:
+            # Servers that speak PostgreSQL's protocol may lack the function (42883) or
+            # refuse it (0A000): CockroachDB, YugabyteDB, Redshift.
+            code = getattr(error.orig, "sqlstate", None)
+            code = code or getattr(error.orig, "pgcode", None)
 
-        if kind != "postgresql" or code not in ("42883", "0A000"):
-            raise
+            if not is_postgresql or code not in ("42883", "0A000"):
+                raise
 
-        held = False
-        _logger.info("Database '%s' has no advisory locks: migrating without.", name)
-    except Exception:
-        raise
-    except BaseException:
-        # An interrupt may have come just after the lock did.
-        connection.invalidate()
-        raise
+            held = False
+            text = "Database '%s' has no advisory locks: migrating without."
+            _logger.info(text, name)
 
-    try:
         yield
     finally:
         if held:
-            _restore(connection, lambda: connection.scalar(release))
+            _restore(connection, lambda: connection.exec_driver_sql(release).scalar())
 
 
 def _restore(connection: sa.Connection, action: cabc.Callable[[], t.Any]) -> None:
@@ -2640,20 +2639,40 @@ def _server_timeouts(
     connection: sa.Connection, settings: _Settings
 ) -> cabc.Generator[None]:
     """Set the session's timeouts, and what they were before afterwards."""
-    show, change = "SELECT @@SESSION.{}", "SET SESSION {} = {}"
+    import math
+
+    # A 0 would switch a timeout off.
+    lock, statement = (
+        None if seconds is None else max(1, math.ceil(seconds * 1000))
+        for seconds in (settings.lock_timeout, settings.statement_timeout)
+    )
+    wanted: dict[str, t.Any]
 
     if connection.dialect.name == "postgresql":
         # It shows a value with its unit.
         show, change = "SHOW {}", "SET SESSION {} = '{}'"
+        wanted = {"lock_timeout": lock, "statement_timeout": statement}
+    else:
+        show, change = "SELECT @@SESSION.{}", "SET SESSION {} = {}"
+        # Whole seconds: for tables, and for rows.
+        whole = lock and math.ceil(lock / 1000)
+        wanted = {"lock_wait_timeout": whole, "innodb_lock_wait_timeout": whole}
+
+        if getattr(connection.dialect, "is_mariadb", False):
+            wanted["max_statement_time"] = statement and statement / 1000
+        else:
+            # MySQL knows a limit for SELECT only.
+            wanted["max_execution_time"] = statement
+
+    former = {
+        key: connection.exec_driver_sql(show.format(key)).scalar()
+        for key, value in wanted.items()
+        if value is not None
+    }
 
     def set_all(values: dict[str, t.Any]) -> None:
-        for key, value in values.items():
-            connection.exec_driver_sql(change.format(key, value))
-
-    wanted = _timeout_values(connection.dialect, settings)
-    former = {
-        key: connection.exec_driver_sql(show.format(key)).scalar() for key in wanted
-    }
+        for key in former:
+            connection.exec_driver_sql(change.format(key, values[key]))
 
     try:
         set_all(wanted)
@@ -2664,41 +2683,22 @@ def _server_timeouts(
             _restore(connection, lambda: set_all(former))
 
 
-def _timeout_values(dialect: sa.Dialect, settings: _Settings) -> dict[str, t.Any]:
-    """The session's variables to set. A 0 would switch a timeout off."""
-    import math
-
-    lock, statement = (
-        None if seconds is None else max(1, math.ceil(seconds * 1000))
-        for seconds in (settings.lock_timeout, settings.statement_timeout)
-    )
-    found: dict[str, t.Any]
-
-    if dialect.name == "postgresql":
-        found = {"lock_timeout": lock, "statement_timeout": statement}
-    else:
-        # Whole seconds: for tables, and for rows.
-        whole = lock and math.ceil(lock / 1000)
-        found = {"lock_wait_timeout": whole, "innodb_lock_wait_timeout": whole}
-
-        if getattr(dialect, "is_mariadb", False):
-            found["max_statement_time"] = statement and statement / 1000
-        else:
-            # MySQL knows a limit for SELECT only.
-            found["max_execution_time"] = statement
-
-    return {key: value for key, value in found.items() if value is not None}
-
-
 @contextlib.contextmanager
 def _sqlite_guard(
     name: str, connection: sa.Connection, settings: _Settings, atomic: bool
-) -> cabc.Generator[None]:
-    """Make SQLite's transaction cover DDL; its ``BEGIN IMMEDIATE`` is the lock."""
+) -> cabc.Generator[cabc.Callable[[], None]]:
+    """Make SQLite's transaction cover DDL; its ``BEGIN IMMEDIATE`` is the lock.
+
+    A batch operation drops the original table, which would delete its children where
+    foreign keys are enforced. The pragma is ignored inside a transaction, so it is
+    switched off before, and each commit checks the keys.
+    """
     driver: t.Any = connection.connection.dbapi_connection
     _refuse_transaction(name, connection.connection.driver_connection)
     mode, level = getattr(driver, "autocommit", -1), driver.isolation_level
     cursor = driver.cursor()
+    enforced = False
+    orphans: t.Counter[str] | None = None
     advice = "ask the system which process has the database's file open (fuser, lsof)"
 
     def is_autocommit() -> bool:
@@ -2716,30 +2716,47 @@ def _sqlite_guard(
         return True
 
     def begin(_: sa.Connection) -> None:
-        if is_autocommit():
-            return  # an autocommit_block()
+        nonlocal orphans
 
-        # The end of an autocommit_block() gives the driver its own transactions back.
-        driver.isolation_level = None
+        if atomic and not is_autocommit():  # as in an autocommit_block()
+            # The end of an autocommit_block() gives the driver its own transactions
+            # back.
+            driver.isolation_level = None
 
-        if not settings.migration_lock:
-            cursor.execute("BEGIN")
-            return
+            if settings.migration_lock:
+                patience = _pragma(cursor, "busy_timeout")
+                _pragma(cursor, "busy_timeout = 0")
 
-        patience = _pragma(cursor, "busy_timeout")
-        _pragma(cursor, "busy_timeout = 0")
+                try:
+                    _wait(name, settings.migration_lock_timeout, try_begin, advice)
+                finally:
+                    _pragma(cursor, f"busy_timeout = {patience}")
+            else:
+                cursor.execute("BEGIN")
 
-        try:
-            _wait(name, settings.migration_lock_timeout, try_begin, advice)
-        finally:
-            _pragma(cursor, f"busy_timeout = {patience}")
+        if enforced and orphans is None:
+            # Not sooner: another process that writes much keeps even readers out.
+            orphans = _orphans(cursor)
 
     def execute(*args: t.Any) -> tuple[str, t.Any]:
         # SQLAlchemy's recipe for SQLite has a listener of the engine emit BEGIN.
-        begins = args[2].lstrip()[:5].upper() == "BEGIN"
+        begins = atomic and args[2].lstrip()[:5].upper() == "BEGIN"
         return ("SELECT 1" if begins else args[2]), args[3]
 
-    listeners: dict[str, t.Any] = {"begin": begin, "before_cursor_execute": execute}
+    def check() -> None:
+        nonlocal orphans
+
+        if orphans is not None:
+            _refuse_orphans(name, cursor, orphans)
+            orphans = None  # until the next transaction begins
+
+    def commit(_: sa.Connection) -> None:
+        try:
+            check()
+        except FlaskAlembicError:
+            # SQLAlchemy has given up its transaction already when this raises.
+            driver.rollback()
+            raise
 
     try:
         if mode != -1:
@@ -2751,93 +2768,28 @@ def _sqlite_guard(
         if is_autocommit():
             connection.execution_options(isolation_level="SERIALIZABLE")
 
-        with _listening(connection, **(listeners if atomic else {})):
-            yield
+        if enforced := bool(_pragma(cursor, "foreign_keys")):
+            _pragma(cursor, "foreign_keys = OFF")
+
+        with _listening(
+            connection, begin=begin, commit=commit, before_cursor_execute=execute
+        ):
+            yield check
     finally:
         connection.rollback()
 
         # After Ctrl-C inside a statement, the connection is closed: nothing to restore.
         if not connection.invalidated:
             driver.rollback()
+
+            if enforced:
+                _pragma(cursor, "foreign_keys = ON")
+
             driver.isolation_level = level
             cursor.close()
 
             if mode != -1:
                 driver.autocommit = mode
-
-
-@contextlib.contextmanager
-def _sqlite_keys(
-    name: str, connection: sa.Connection
-) -> cabc.Generator[cabc.Callable[[], None]]:
-    """Keep batch operations from cascading where foreign keys are enforced.
-
-    Dropping the original table would delete its children; the pragma is ignored inside
-    a transaction, so it is switched off before, and each commit checks the keys.
-    """
-    driver: t.Any = connection.connection.dbapi_connection
-    cursor = driver.cursor()
-    before: list[t.Counter[str] | None] = []
-    checked = False
-
-    if not _pragma(cursor, "foreign_keys"):
-        yield lambda: None
-        return
-
-    def begin(_: sa.Connection) -> None:
-        nonlocal checked
-        checked = False
-
-        if not before:
-            # Not sooner: another process that writes much keeps even readers out.
-            before.append(_orphans(cursor))
-
-    def check() -> None:
-        nonlocal checked
-
-        if checked or not before or before[0] is None:
-            return
-
-        now = _orphans(cursor)
-        cursor.execute("SELECT name FROM sqlite_master WHERE type = 'table'")
-        tables = {row[0] for row in cursor.fetchall()}
-        renamed = sum(n for table, n in before[0].items() if table not in tables)
-        refused = "It was not committed: the application enforces foreign keys."
-
-        if now is None:
-            raise FlaskAlembicError(
-                f"The migration would leave a foreign key in database '{name}' that"
-                f" refers to columns which are not unique. {refused}"
-            )
-
-        if (added := now - before[0]).total() > renamed:
-            raise FlaskAlembicError(
-                f"The migration would leave rows in {_quoted(added)} of database"
-                f" '{name}' that refer to rows which do not exist. {refused}"
-            )
-
-        checked = True
-
-    def commit(_: sa.Connection) -> None:
-        try:
-            check()
-        except FlaskAlembicError:
-            # SQLAlchemy has given up its transaction already when this raises.
-            driver.rollback()
-            raise
-
-    try:
-        _pragma(cursor, "foreign_keys = OFF")
-
-        with _listening(connection, begin=begin, commit=commit):
-            yield check
-    finally:
-        connection.rollback()
-
-        if not connection.invalidated:
-            driver.rollback()
-            _pragma(cursor, "foreign_keys = ON")
-            cursor.close()
 
 
 def _pragma(cursor: t.Any, text: str) -> t.Any:
@@ -2853,11 +2805,31 @@ def _orphans(cursor: t.Any) -> t.Counter[str] | None:
         cursor.execute("PRAGMA foreign_key_check")
     except Exception as error:
         if "foreign key mismatch" in str(error):
-            return None  # a key on columns that are not unique, there before us
+            return None  # a key on columns that are not unique
 
         raise
 
     return Counter(row[0] for row in cursor.fetchall())
+
+
+def _refuse_orphans(name: str, cursor: t.Any, before: t.Counter[str]) -> None:
+    """Refuse a transaction that adds rows which refer to nothing."""
+    now = _orphans(cursor)
+    cursor.execute("SELECT name FROM sqlite_master WHERE type = 'table'")
+    tables = {row[0] for row in cursor.fetchall()}
+    renamed = sum(n for table, n in before.items() if table not in tables)
+
+    if now is None:
+        what = "a foreign key that refers to columns which are not unique"
+    elif (added := now - before).total() > renamed:
+        what = f"rows in {_quoted(added)} that refer to rows which do not exist"
+    else:
+        return
+
+    raise FlaskAlembicError(
+        f"The migration would leave {what}. It was not committed: the application"
+        f" enforces foreign keys in database '{name}'."
+    )
 
 
 # -- Autogenerate ----------------------------------------------------------------------
