@@ -1381,26 +1381,23 @@ class _Target(t.NamedTuple):
     def identity(self) -> tuple[str, ...]:
         """What tells this database from others, as far as the URL says."""
         url, kind = self.engine.url, self.engine.dialect.name
-        kind = "mysql" if kind in _MYSQL else kind
-        path = url.database or ""
-        unique = (kind, str(id(self.engine)))
+        path, query = url.database or "", url.query
 
         if kind == "sqlite":
             path = path.removeprefix("file:").partition("?")[0]
-            in_memory = path in ("", ":memory:") or url.query.get("mode") == "memory"
-            return unique if in_memory else (kind, os.path.realpath(path))
 
-        keys = ("host", "port", "options")
-        host, port, options = (str(url.query.get(key, "")) for key in keys)
-        host = (url.host or host).lower()
+            if path not in ("", ":memory:") and query.get("mode") != "memory":
+                return kind, os.path.realpath(path)
+        elif path or url.host or "host" in query:
+            host = (url.host or str(query.get("host", ""))).lower()
+            host = "127.0.0.1" if host in ("localhost", "::1", "") else host
+            kind = "mysql" if kind in _MYSQL else kind
+            usual = {"mysql": 3306, "postgresql": 5432}.get(kind, "")
+            port = url.port or query.get("port") or usual
+            return kind, host, str(port), path, str(query.get("options", ""))
 
-        if not host and not path:
-            # An engine with a 'creator': its URL tells nothing.
-            return unique
-
-        host = "127.0.0.1" if host in ("localhost", "::1", "") else host
-        usual = {"mysql": 3306, "postgresql": 5432}.get(kind, "")
-        return (kind, host, str(url.port or port or usual), path, options)
+        # In memory, or an engine with a 'creator', whose URL tells nothing.
+        return kind, str(id(self.engine))
 
 
 def _quoted(names: cabc.Iterable[str]) -> str:
@@ -1464,27 +1461,25 @@ def _find_targets(
             " configuration of Flask-SQLAlchemy(-Lite)."
         )
 
-    return {
-        name: _target(name, metadata, found[name])
-        for name, metadata in metadatas.items()
-    }
+    targets = {}
 
+    for name, given in metadatas.items():
+        metadata = _as_list(given)
+        engine = getattr(found[name], "sync_engine", found[name])
 
-def _target(name: str, metadata: t.Any, engine: t.Any) -> _Target:
-    """One database, refusing what is no metadata or no engine, such as a base class."""
-    metadata = _as_list(metadata)
-    engine = getattr(engine, "sync_engine", engine)
+        # A base class in place of its metadata is a common slip.
+        if not metadata or any(not isinstance(x, sa.MetaData) for x in metadata):
+            raise FlaskAlembicError(
+                f"The metadata of '{name}' must be a MetaData or a list of them, not"
+                f" {given!r}."
+            )
 
-    if not metadata or not all(isinstance(each, sa.MetaData) for each in metadata):
-        raise FlaskAlembicError(
-            f"The metadata of '{name}' must be a MetaData or a list of them, not"
-            f" {metadata!r}."
-        )
+        if not isinstance(engine, sa.Engine):
+            raise FlaskAlembicError(f"The engine of '{name}' is none: {engine!r}.")
 
-    if not isinstance(engine, sa.Engine):
-        raise FlaskAlembicError(f"The engine of '{name}' is none: {engine!r}.")
+        targets[name] = _Target(name, engine, metadata)
 
-    return _Target(name, engine, metadata)
+    return targets
 
 
 def _check_version_tables(targets: dict[str, _Target]) -> None:
@@ -1527,8 +1522,11 @@ def _primary(names: cabc.Iterable[str]) -> str:
     """The database that is meant where one answer is asked for."""
     names = list(names)
 
-    if "default" in names or len(names) == 1:
-        return "default" if "default" in names else names[0]
+    if len(names) == 1:
+        return names[0]
+
+    if "default" in names:
+        return "default"
 
     raise FlaskAlembicError(
         f"Several databases, none named 'default': name one of {_quoted(names)}."
@@ -1551,7 +1549,7 @@ def _connect(target: _Target) -> cabc.Generator[sa.Connection]:
     engine: t.Any = target.engine
     pool, options = engine.pool, engine.get_execution_options()
 
-    while isinstance(proxied := getattr(engine, "_proxied", None), sa.Engine):
+    while proxied := getattr(engine, "_proxied", None):
         # SQLAlchemy 2.0 takes no listeners on a connection of an engine with options.
         engine = proxied
 
@@ -1625,79 +1623,37 @@ def _left_as_found(connection: sa.Connection | None) -> cabc.Generator[None]:
 def _in_loop(fn: cabc.Callable[[], _R]) -> _R:
     """Call a synchronous function where an async driver can be awaited."""
     import asyncio
+    from importlib.util import find_spec
+
+    from sqlalchemy.util import greenlet_spawn
 
     if _looping.get():
         return fn()
 
+    if find_spec("greenlet") is None:
+        raise FlaskAlembicError(
+            "An async engine needs greenlet: run \"pip install 'sqlalchemy[asyncio]'\"."
+        )
+
+    async def spawn() -> _R:
+        _looping.set(True)
+        return await greenlet_spawn(fn)
+
+    def run() -> _R:
+        # With a factory, it leaves the thread's own event loop alone.
+        with asyncio.Runner(loop_factory=asyncio.new_event_loop) as runner:
+            return runner.run(spawn())
+
     # The public function raises, which would be the context of every error in 'fn'.
     if asyncio._get_running_loop() is None:  # noqa: SLF001
-        return _in_new_loop(fn)
+        return run()
 
     # That loop is busy with the caller: work in a thread that has a loop of its own.
     from concurrent.futures import ThreadPoolExecutor
     from contextvars import copy_context
 
     with ThreadPoolExecutor(1) as executor:
-        return executor.submit(copy_context().run, _in_new_loop, fn).result()
-
-
-def _in_new_loop(fn: cabc.Callable[[], _R]) -> _R:
-    """Call it so; bring Ctrl-C at once to a revision's own code, else where it awaits.
-
-    ``asyncio.Runner`` keeps the first one from code that awaits nothing, and raising it
-    in the loop itself crashes asyncpg.
-    """
-    import asyncio
-    import signal
-
-    from sqlalchemy.util import greenlet_spawn
-
-    try:
-        from greenlet import getcurrent  # type: ignore[import-untyped]
-    except ImportError as error:
-        raise FlaskAlembicError(
-            "An async engine needs greenlet: run \"pip install 'sqlalchemy[asyncio]'\"."
-        ) from error
-
-    root, count = getcurrent(), 0
-
-    async def spawn() -> _R:
-        _looping.set(True)
-        return await greenlet_spawn(fn)
-
-    def interrupt(*_: object) -> None:
-        nonlocal count
-        count += 1
-
-        if count > 1 or getcurrent() is not root:
-            raise KeyboardInterrupt
-
-        task.cancel()
-        loop.call_soon_threadsafe(lambda: None)  # wakes the loop up
-
-    loop = asyncio.new_event_loop()
-    task = loop.create_task(spawn())
-    ours = (
-        threading.current_thread() is threading.main_thread()
-        and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    )
-
-    try:
-        if ours:
-            signal.signal(signal.SIGINT, interrupt)
-
-        return loop.run_until_complete(task)
-    except asyncio.CancelledError:
-        if count:
-            raise KeyboardInterrupt from None
-
-        raise
-    finally:
-        if ours:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-
-        loop.run_until_complete(loop.shutdown_asyncgens())
-        loop.close()
+        return executor.submit(copy_context().run, run).result()
 
 
 def _title(script: Script) -> str:
