@@ -1663,21 +1663,22 @@ def _title(script: Script) -> str:
 def _script_signature(script: ScriptDirectory) -> t.Any:
     """What changes when a revision file is added, removed or changed."""
     # No public name tells the resolved version locations.
-    locations = [os.fspath(path) for path in script._version_locations]  # noqa: SLF001
+    locations: t.Any = script._version_locations  # noqa: SLF001
     return _signature(locations, script.recursive_version_locations)
 
 
 def _load_scripts(config: Config) -> tuple[ScriptDirectory, t.Any]:
     """Load the revision files, and refuse those that form no history."""
+    from traceback import walk_tb
+
     from alembic.script import ScriptDirectory
     from alembic.script import revision
 
     home = config.get_main_option("script_location") or ""
 
     if ":" not in home and not os.path.isdir(home):
-        what = "is not a folder" if os.path.exists(home) else "does not exist"
         raise FlaskAlembicError(
-            f"The migrations folder '{home}' {what}: set ALEMBIC['script_location'] or"
+            f"There is no migrations folder '{home}': set ALEMBIC['script_location'] or"
             " run 'flask db mkdir'."
         )
 
@@ -1690,8 +1691,11 @@ def _load_scripts(config: Config) -> tuple[ScriptDirectory, t.Any]:
     try:
         loaded = list(script._load_revisions())  # noqa: SLF001
     except Exception as error:
+        # Alembic does not tell the file, but the frame that was loading it has it.
+        frames = [frame for frame, _ in walk_tb(error.__traceback__)]
+        paths = [f.f_locals["path"] for f in frames if f.f_code.co_name == "_from_path"]
         raise FlaskAlembicError(
-            f"The revision file '{_file_of(error)}' cannot be loaded:"
+            f"The revision file '{' '.join(map(str, paths))}' cannot be loaded:"
             f" {type(error).__name__}: {error}"
         ) from error
 
@@ -1724,15 +1728,6 @@ def _load_scripts(config: Config) -> tuple[ScriptDirectory, t.Any]:
         raise _command_error(message) from error
 
     return script, signature
-
-
-def _file_of(error: BaseException) -> str:
-    """The revision file that Alembic was loading when it failed."""
-    from traceback import walk_tb
-
-    frames = [frame for frame, _ in walk_tb(error.__traceback__)]
-    paths = [f.f_locals.get("path") for f in frames if f.f_code.co_name == "_from_path"]
-    return str(paths[-1]) if paths else "?"
 
 
 def _identifiers(target: RevisionTarget) -> str | tuple[str, ...]:
@@ -1834,7 +1829,7 @@ class _Steps:
         self.start, self.purge = str(_identifiers(start)), purge
 
     def __call__(self, rows: t.Any, context: MigrationContext) -> list[t.Any]:
-        script = self.extension.script_directory
+        script: t.Any = context.script
         rows = tuple(_as_list(rows))
         _refuse_unknown(script, rows, _name_of(context))
 
@@ -1859,16 +1854,12 @@ class _Steps:
             return target
 
         # Digits are an id before they are a count; nobody counts to a thousand.
-        ids = [each.revision for each in script.walk_revisions()]
-        long = len(target) > 3
-
-        if target in ids or (long and any(each.startswith(target) for each in ids)):
+        if len(target) > 3 or target in {s.revision for s in script.walk_revisions()}:
             return target
 
-        if int(target) == 0 or long:
-            raise _command_error(
-                f"Can't locate a revision '{target}', and it is no count."
-            )
+        # Nor is it a prefix of '0001'.
+        if int(target) == 0:
+            raise _command_error(f"'{target}' is neither a revision nor a count.")
 
         return f"{'-' if self.kind == 'downgrade' else '+'}{int(target)}"
 
@@ -1884,13 +1875,12 @@ def _pending(extension: Alembic, steps: _Steps) -> dict[str, bool]:
 
     for name, context in extension.migration_contexts.items():
         with _left_as_found(context.connection):
-            found[name] = steps.purge or bool(
-                steps(context.get_current_heads(), context)
-            )
-
             if steps.kind == "ensure-version":
                 # Reading the heads does not tell an empty table from a missing one.
                 found[name] = not context._has_version_table()  # noqa: SLF001
+            else:
+                rows = context.get_current_heads()
+                found[name] = steps.purge or bool(steps(rows, context))
 
     return found
 
@@ -1924,17 +1914,26 @@ class _Run:
         self.ran: list[Script] = []
         #: The step that is running, or that failed.
         self.step: RevisionStep | None = None
-        self.started = self.committed = False
-        self.commits = 0
+        self.commits: list[sa.Connection] = []
         self.output = io.StringIO()
-        self._rows: frozenset[str] = frozenset()
         options = _options(extension, target.name)
-        hooks = _as_list(options.get("on_version_apply"))
-        options["on_version_apply"] = [*hooks, self._applied]
+        dialect_name = target.engine.dialect.name
         given: dict[str, t.Any] = {"fn": self._steps, "tag": scope.tag}
 
         if isinstance(fn, _Steps):
             given.update(purge=fn.purge, destination_rev=_identifiers(fn.target))
+
+        # SQLite's lock is its transaction, so it is given up between two of them.
+        self._rechecks = (
+            connection is not None
+            and dialect_name == "sqlite"
+            and options.get("transaction_per_migration", False)
+        )
+        self._rows: frozenset[str] = frozenset()
+
+        if self._rechecks:
+            hooks = _as_list(options.get("on_version_apply"))
+            options["on_version_apply"] = [*hooks, self._applied]
 
         if connection is None:
             given["as_sql"] = True
@@ -1942,38 +1941,24 @@ class _Run:
             dialect_opts = {"paramstyle": "named", **options.get("dialect_opts", {})}
             options.update(url=target.engine.url, dialect_opts=dialect_opts)
             options.update(output_buffer=self.output, literal_binds=True)
-            options["starting_rev"] = None if start == "base" else start or None
+            options["starting_rev"] = start
 
         config = _with_x(extension.config, scope.x)
         script = extension.script_directory
         self.environment = EnvironmentContext(config, script, **given)
         self.environment.configure(connection=connection, **options)
         self.context = self.environment.get_context()
-        dialect: t.Any = self.context.dialect
 
         if connection is None:
             # Alembic 1.16 drops the table when no revision is left, even a new table.
             table: t.Any = self.context._version  # noqa: SLF001
             table.drop = _nothing
 
-        if connection is None and dialect.name == "postgresql":
-            # SQLAlchemy < 2.1 doubles backslashes until it has seen a server's setting,
-            # which is 'standard_conforming_strings = on' since PostgreSQL 9.1.
-            dialect._backslash_escapes = False  # noqa: SLF001
-
-        # SQLite's lock is its transaction, so it is given up between two of them.
-        self._rechecks = (
-            connection is not None
-            and dialect.name == "sqlite"
-            and options.get("transaction_per_migration", False)
-        )
-
-    @contextlib.contextmanager
-    def transaction(self) -> cabc.Generator[None]:
-        with self.environment.begin_transaction():
-            yield
-
-        self.committed = True
+            if dialect_name == "postgresql":
+                # SQLAlchemy < 2.1 doubles backslashes until it has seen a server's
+                # setting, 'standard_conforming_strings = on' since PostgreSQL 9.1.
+                dialect: t.Any = self.context.dialect
+                dialect._backslash_escapes = False  # noqa: SLF001
 
     def migrate(self, kwargs: dict[str, t.Any]) -> None:
         with self.environment, _colons_kept():
@@ -1999,7 +1984,7 @@ class _Run:
         """The steps, reporting each as it starts and as it is done."""
         self._rows = frozenset(_as_list(rows))
         steps: list[t.Any] = list(self.fn(rows, context))
-        report = _progress.get() or (lambda progress: None)
+        report = _progress.get() or _nothing
 
         if isinstance(self.fn, _Steps) and self.fn.kind == "ensure-version":
             # As each step is: committed here where a run has no transaction as a whole.
@@ -2007,21 +1992,21 @@ class _Run:
                 context._ensure_version_table()  # noqa: SLF001
 
         for number, step in enumerate(steps, 1):
-            if getattr(step, "revision", None) is None:  # a stamp
+            if (revision := getattr(step, "revision", None)) is None:  # a stamp
                 yield step
                 continue
 
-            place = (self.name, step.revision, step.is_upgrade, number, len(steps))
             run = functools.partial(self._execute, step, step.migration_fn)
             step.migration_fn = functools.update_wrapper(run, step.migration_fn)
-            self.step, self.started = step, True
-            began = time.monotonic()
-            report(_Progress(*place, None))
+            self.step, began = step, time.monotonic()
+            total, up = len(steps), step.is_upgrade
+            progress = _Progress(self.name, revision, up, number, total, None)
+            report(progress)
             yield step
             # Alembic asks for the next step when this one is in the version table.
             self.step = None
-            self.ran.append(step.revision)
-            report(_Progress(*place, time.monotonic() - began))
+            self.ran.append(revision)
+            report(progress._replace(seconds=time.monotonic() - began))
 
     def _execute(self, step: RevisionStep, fn: t.Any, /, **kwargs: t.Any) -> None:
         if self._rechecks and self._rows != frozenset(self.context.get_current_heads()):
@@ -2048,9 +2033,8 @@ class _Run:
         except BaseException as error:
             error.__dict__.setdefault(_ORIGIN, "revision")
             # What comes of asking where nothing answers.
-            words = ("NoneType", "MockConnection", "--sql mode", "offline")
-            kinds = (exc.NoInspectionAvailable, exc.CompileError)
-            asks = isinstance(error, kinds) or any(x in str(error) for x in words)
+            words = "NoneType|MockConnection|--sql mode|offline"
+            asks = isinstance(error, exc.CompileError) or re.search(words, str(error))
 
             if self.connection is None and asks:
                 raise _command_error(
@@ -2065,9 +2049,6 @@ class _Run:
     def _applied(self, *, heads: cabc.Iterable[str], **_: t.Any) -> None:
         self._rows = frozenset(heads)
 
-    def count_commit(self, connection: sa.Connection) -> None:
-        self.commits += 1
-
     def outcome(self) -> str:
         """Where the database stands after a failure, and what to do about it."""
         where = "an unknown revision, as it cannot be read"
@@ -2076,28 +2057,22 @@ class _Run:
         with contextlib.suppress(Exception), _left_as_found(self.connection):
             where = _quoted(self.context.get_current_heads()) or "base"
 
-        if self.context.impl.transactional_ddl:
-            if self.committed:
-                what = "committed"
-            elif self.commits:
-                what = (
-                    "rolled back to its last commit, after a finished revision or at an"
-                    " autocommit_block()"
-                )
-            else:
-                what = "everything was rolled back"
-        elif self.step is None:
-            what = "what ran stays, nothing was rolled back"
-        else:
+        if not self.context.impl.transactional_ddl:
             what = (
-                f"{self.context.dialect.name} commits DDL by itself, so statements that"
-                f" '{self.step.revision.revision}' ran before the error stay"
+                f"{self.context.dialect.name} commits DDL by itself, so what ran stays"
             )
-            advice = (
-                ". Either undo these statements by hand and run the command again, or"
-                " finish the revision by hand and run"
-                f" 'flask db stamp {' '.join(self.step.to_revisions) or 'base'}'"
-            )
+
+            if self.step is not None:
+                advice = (
+                    f". Either undo by hand what '{self.step.revision.revision}' did"
+                    " before the error and run the command again, or finish it by hand"
+                    " and run"
+                    f" 'flask db stamp {' '.join(self.step.to_revisions) or 'base'}'"
+                )
+        elif self.commits:
+            what = "what was committed stays, the rest was rolled back"
+        else:
+            what = "everything was rolled back"
 
         return f"Database '{self.name}': {what}; it stands at {where}{advice}."
 
@@ -2112,14 +2087,15 @@ def _arguments(
     """What to pass to a revision's function for a database; ``None`` not to call it."""
     import inspect
 
-    prefix = f"{_direction(step)}_"
-    functions = {k: v for k, v in vars(step.revision.module).items() if callable(v)}
-    parameters = inspect.signature(functions[_direction(step)]).parameters.values()
-    sections = {k.removeprefix(prefix) for k in functions if k.startswith(prefix)}
-    named = any(p.name == "engine_name" for p in parameters)
-
-    if any(p.kind is p.VAR_KEYWORD for p in parameters) and len(names) > 1:
-        named = named or bool(sections & {*names})
+    functions, prefix = vars(step.revision.module), f"{_direction(step)}_"
+    parameters = inspect.signature(functions[_direction(step)]).parameters
+    sections = {
+        key.removeprefix(prefix)
+        for key, value in functions.items()
+        if key.startswith(prefix) and callable(value)
+    }
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    named = "engine_name" in parameters or (takes_any and sections & {*names})
 
     if not named:
         # Written before there was a second database.
@@ -2223,11 +2199,13 @@ def _run_once(
                     guard = _guard(name, contexts[name], connection, settings)
                     checks.append(stack.enter_context(guard))
                     run = _Run(extension, scope, targets[name], fn, connection)
-                    stack.enter_context(_listening(connection, commit=run.count_commit))
+                    stack.enter_context(
+                        _listening(connection, commit=run.commits.append)
+                    )
                     runs[name] = run
 
                 for name in order:
-                    stack.enter_context(runs[name].transaction())
+                    stack.enter_context(runs[name].environment.begin_transaction())
 
                 for name in contexts:
                     runs[name].migrate(kwargs)
@@ -2261,7 +2239,7 @@ def _listening(
 
 def _explain(error: BaseException, runs: list[_Run]) -> None:
     """Add the note that says what failed, and how it left each database."""
-    if not any(run.started for run in runs):
+    if not any(run.step or run.ran for run in runs):
         return
 
     lines = ["The migration failed after its revisions ran."]
@@ -2303,7 +2281,7 @@ def _run_offline(
 
         run = _Run(extension, scope, target, steps, start=start)
 
-        with _RUN_LOCK, run.transaction():
+        with _RUN_LOCK, run.environment.begin_transaction():
             run.migrate({})
 
         result[name] = run.output.getvalue()
