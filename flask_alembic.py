@@ -1872,8 +1872,12 @@ class _Steps:
 def _pending(extension: Alembic, steps: _Steps) -> dict[str, bool]:
     """Which databases have something to do; nothing is locked or written."""
     found = {}
+    script = extension.script_directory
 
     for name, context in extension.migration_contexts.items():
+        # The application may hold a context that is older than the files.
+        context.script = script
+
         with _left_as_found(context.connection):
             if steps.kind == "ensure-version":
                 # Reading the heads does not tell an empty table from a missing one.
@@ -2155,6 +2159,20 @@ def _refuse_nested() -> None:
         )
 
 
+@contextlib.contextmanager
+def _alone() -> cabc.Generator[None]:
+    """Have Alembic's ``op`` for one run."""
+    _refuse_nested()
+
+    with _RUN_LOCK:
+        token = _running.set(True)
+
+        try:
+            yield
+        finally:
+            _running.reset(token)
+
+
 def _is_idle(extension: Alembic, steps: _Steps) -> bool:
     """Whether no database has anything to do, as far as it can be read."""
     try:
@@ -2187,39 +2205,33 @@ def _run_once(
             " time: migrate them one by one, with 'database' (-n)."
         )
 
-    with _RUN_LOCK:
-        token = _running.set(True)
+    try:
+        # All locks, then all transactions, then the steps; in the end backwards.
+        with _alone(), contextlib.ExitStack() as stack:
+            for name in order:
+                connection = contexts[name].connection
+                assert connection is not None
+                guard = _guard(name, contexts[name], connection, settings)
+                checks.append(stack.enter_context(guard))
+                run = _Run(extension, scope, targets[name], fn, connection)
+                stack.enter_context(_listening(connection, commit=run.commits.append))
+                runs[name] = run
 
-        try:
-            # All locks, then all transactions, then the steps; in the end backwards.
-            with contextlib.ExitStack() as stack:
-                for name in order:
-                    connection = contexts[name].connection
-                    assert connection is not None
-                    guard = _guard(name, contexts[name], connection, settings)
-                    checks.append(stack.enter_context(guard))
-                    run = _Run(extension, scope, targets[name], fn, connection)
-                    stack.enter_context(
-                        _listening(connection, commit=run.commits.append)
-                    )
-                    runs[name] = run
+            for name in order:
+                stack.enter_context(runs[name].environment.begin_transaction())
 
-                for name in order:
-                    stack.enter_context(runs[name].environment.begin_transaction())
+            for name in contexts:
+                runs[name].migrate(kwargs)
 
-                for name in contexts:
-                    runs[name].migrate(kwargs)
-
-                for check in checks:
-                    check()
-        except BaseException as error:
-            if not isinstance(error, _OvertakenError):
-                _explain(error, list(runs.values()))
-
-            raise
-        finally:
-            _running.reset(token)
-            scope.ran.update((s.revision, s) for run in runs.values() for s in run.ran)
+            for check in checks:
+                check()
+    except _OvertakenError:
+        raise
+    except BaseException as error:
+        _explain(error, list(runs.values()))
+        raise
+    finally:
+        scope.ran.update((s.revision, s) for run in runs.values() for s in run.ran)
 
 
 @contextlib.contextmanager
@@ -2250,13 +2262,14 @@ def _explain(error: BaseException, runs: list[_Run]) -> None:
                 f"{_title(run.step.revision)} failed in database '{run.name}' while"
                 f" {_direction(run.step).removesuffix('e')}ing."
             ]
-            dialect = run.context.dialect.name
 
-            if dialect == "sqlite" and "database is locked" in str(error):
+            if run.context.dialect.name == "sqlite" and "database is locked" in str(
+                error
+            ):
                 lines.append(
                     "The migration itself holds SQLite's lock: a revision must write"
-                    " through 'op.get_bind()', not through a session or connection of"
-                    " its own; or set 'transactional_ddl' to False in ALEMBIC_CONTEXT."
+                    " through 'op.get_bind()', not through a connection of its own; or"
+                    " set 'transactional_ddl' to False in ALEMBIC_CONTEXT."
                 )
 
     error.add_note("\n".join([*lines, *(run.outcome() for run in runs)]))
@@ -2266,7 +2279,6 @@ def _run_offline(
     extension: Alembic, scope: _Scope, steps: _Steps, live: dict[str, _Heads] | None
 ) -> dict[str, str]:
     """Write the steps as SQL, from where the databases stand or from a given start."""
-    _refuse_nested()
     script = extension.script_directory
     result = {}
 
@@ -2274,14 +2286,13 @@ def _run_offline(
         _refuse_range(script, steps)
 
     for name, target in scope.targets(extension).items():
-        start = steps.start if live is None else live[name]
-
         if live is not None:
             _refuse_unknown(script, live[name], name)
 
+        start = steps.start if live is None else live[name]
         run = _Run(extension, scope, target, steps, start=start)
 
-        with _RUN_LOCK, run.environment.begin_transaction():
+        with _alone(), run.environment.begin_transaction():
             run.migrate({})
 
         result[name] = run.output.getvalue()
@@ -2291,31 +2302,29 @@ def _run_offline(
 
 def _refuse_range(script: ScriptDirectory, steps: _Steps) -> None:
     """Refuse a range that has no start, or one that does not lead to its target."""
-    if steps.start == "base":
-        if steps.kind == "downgrade":
-            raise _command_error("SQL for a downgrade needs a start: START:TARGET.")
+    lower: t.Any = steps.start
+    is_relative = steps.kind != "stamp" and steps.is_relative(script)
 
-        if steps.kind == "upgrade" and steps.is_relative(script):
+    if lower == "base":
+        if steps.kind == "downgrade" or is_relative:
             raise _command_error(
-                f"SQL for the relative target '{steps.target}' needs a start:"
-                " START:TARGET."
+                f"SQL for {steps.kind} '{steps.target}' needs a start: START:TARGET."
             )
 
         return
 
-    lower: t.Any = steps.start
-    upper: t.Any = steps.resolve(script)
-    _scripts(script, lower)  # fails if there is none
+    ends = {each.revision for each in _scripts(script, lower)}  # fails if there is none
 
-    if steps.kind in ("stamp", "ensure-version") or steps.is_relative(script):
+    if steps.kind == "stamp" or is_relative:
         return
+
+    upper: t.Any = steps.resolve(script)
 
     if steps.kind == "downgrade":
         lower, upper = upper, lower
+        ends = {each.revision for each in _scripts(script, lower)}
 
-    above = {each.revision for each in script.walk_revisions("base", upper)}
-
-    if not {each.revision for each in _scripts(script, lower)} <= above:
+    if not ends <= {each.revision for each in script.walk_revisions("base", upper)}:
         raise _command_error(f"'{lower}' is not an ancestor of '{upper}'.")
 
 
@@ -2341,14 +2350,13 @@ def _plan(
     extension: Alembic, scope: _Scope, steps: _Steps
 ) -> dict[str, list[PlannedStep]]:
     """Read what the steps would do, by operations that only record."""
-    _refuse_nested()
     result = {}
 
     for name, rows in extension._rows().items():
         target = scope.targets(extension)[name]
         run = _Run(extension, scope, target, steps, start=rows)
 
-        with _RUN_LOCK, run.environment:
+        with _alone(), run.environment:
             result[name] = [_read_step(run, step) for step in steps(rows, run.context)]
 
     return result
@@ -2359,17 +2367,20 @@ def _read_step(run: _Run, step: RevisionStep) -> PlannedStep:
     from alembic.operations import ops
 
     drops: list[str] = []
+    problem = None
+    written = run.output.tell()
 
-    def record(recorder: Operations, operation: MigrateOperation) -> t.Any:
+    def record(operation: MigrateOperation) -> t.Any:
         if isinstance(operation, (ops.DropTableOp, ops.DropColumnOp)):
-            name = ".".join(filter(None, (operation.schema, operation.table_name)))
             column = getattr(operation, "column_name", None)
-            drops.append(f"column {name}.{column}" if column else f"table {name}")
+            names = (operation.schema, operation.table_name, column)
+            kind = "column" if column else "table"
+            drops.append(f"{kind} {'.'.join(filter(None, names))}")
         elif isinstance(operation, ops.ExecuteSQLOp):
             drops.extend(_dropped_by(str(operation.sqltext)))
         elif isinstance(operation, ops.CreateTableOp):
             # The revision may insert rows into what it made.
-            return operation.to_table(recorder.migration_context)
+            return operation.to_table(run.context)
 
         return None
 
@@ -2378,29 +2389,21 @@ def _read_step(run: _Run, step: RevisionStep) -> PlannedStep:
         table_name: str, schema: str | None = None, *args: t.Any, **kwargs: t.Any
     ) -> cabc.Generator[t.Any]:
         impl: t.Any = types.SimpleNamespace(table_name=table_name, schema=schema)
-        yield recording(operations.BatchOperations(run.context, impl=impl))
+        recorder: t.Any = operations.BatchOperations(run.context, impl=impl)
+        recorder.invoke = record
+        yield recorder
 
-    def recording(recorder: t.Any) -> t.Any:
-        recorder.invoke = functools.partial(record, recorder)
-        recorder.batch_alter_table = batch
-        return recorder
+    with operations.Operations.context(run.context) as op:
+        recorder: t.Any = op
+        recorder.invoke, recorder.batch_alter_table = record, batch
 
-    recorder = recording(operations.Operations(run.context))
-    problem = None
-    # 'op' must be this object: Operations.context() makes one of its own.
-    recorder._install_proxy()  # noqa: SLF001
-
-    try:
-        run.call(step, step.migration_fn, {})
-    except Exception as error:
-        problem = f"{type(error).__name__}: {_user_message(error)}"
-    finally:
-        recorder._remove_proxy()  # noqa: SLF001
+        try:
+            run.call(step, step.migration_fn, {})
+        except Exception as error:
+            problem = f"{type(error).__name__}: {_user_message(error)}"
 
     # Recorded operations write nothing: what is here went through 'op.get_bind()'.
-    drops.extend(_dropped_by(run.output.getvalue()))
-    run.output.seek(0)
-    run.output.truncate()
+    drops.extend(_dropped_by(run.output.getvalue()[written:]))
     return PlannedStep(step.revision, step.is_upgrade, tuple(drops), problem)
 
 

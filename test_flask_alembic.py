@@ -4292,6 +4292,19 @@ def test_upgrade_goes_on_after_the_low_level_objects(
     assert "own" in rig.tables
 
 
+def test_upgrade_sees_files_younger_than_the_low_level_objects(rig: Rig) -> None:
+    """A context that the application holds does not hide a new revision."""
+    rig.write("aa")
+
+    with rig.app.app_context():
+        assert rig.alembic.migration_context.get_current_heads() == ()
+        assert rig.alembic.upgrade("aa")
+        rig.write("bb", "aa")
+        assert len(rig.alembic.upgrade()) == 1
+        rig.write("cc", "bb")
+        assert rig.alembic.needs_upgrade()
+
+
 def test_run_inside_a_run_is_refused(rig: Rig) -> None:
     """Alembic's ``op`` can serve only one of them."""
     body = """
