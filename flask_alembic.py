@@ -1373,11 +1373,6 @@ class _Target(t.NamedTuple):
         return self.engine.dialect.is_async
 
     @property
-    def url(self) -> str:
-        """The address without its password."""
-        return self.engine.url.render_as_string(hide_password=True)
-
-    @property
     def identity(self) -> tuple[str, ...]:
         """What tells this database from others, as far as the URL says."""
         url, kind = self.engine.url, self.engine.dialect.name
@@ -1468,14 +1463,15 @@ def _find_targets(
         engine = getattr(found[name], "sync_engine", found[name])
 
         # A base class in place of its metadata is a common slip.
-        if not metadata or any(not isinstance(x, sa.MetaData) for x in metadata):
+        if (
+            not metadata
+            or any(not isinstance(each, sa.MetaData) for each in metadata)
+            or not isinstance(engine, sa.Engine)
+        ):
             raise FlaskAlembicError(
-                f"The metadata of '{name}' must be a MetaData or a list of them, not"
-                f" {given!r}."
+                f"Database '{name}' needs a MetaData or a list of them, and an engine;"
+                f" not {given!r} and {engine!r}."
             )
-
-        if not isinstance(engine, sa.Engine):
-            raise FlaskAlembicError(f"The engine of '{name}' is none: {engine!r}.")
 
         targets[name] = _Target(name, engine, metadata)
 
@@ -1506,7 +1502,7 @@ def _select(targets: dict[str, _Target], names: DatabaseNames) -> dict[str, _Tar
     if names is None:
         return targets
 
-    wanted = [names] if isinstance(names, str) else list(names)
+    wanted = _as_list(names)
     unknown = [str(name) for name in wanted if name not in targets]
 
     if unknown or not wanted:
@@ -1583,8 +1579,9 @@ def _connect(target: _Target) -> cabc.Generator[sa.Connection]:
         except Exception as error:
             error.__dict__[_ORIGIN] = "connect"
             cause = " ".join(str(getattr(error, "orig", None) or error).split())
+            address = engine.url.render_as_string(hide_password=True)
             error.add_note(
-                f"Cannot connect to database '{target.name}' ({target.url}):"
+                f"Cannot connect to database '{target.name}' ({address}):"
                 f" {cause or type(error).__name__}"
             )
             raise
@@ -1699,30 +1696,15 @@ def _load_scripts(config: Config) -> tuple[ScriptDirectory, t.Any]:
             f" {type(error).__name__}: {error}"
         ) from error
 
-    known = {each.revision: each for each in loaded}
-
-    for each in loaded:
-        other = known[each.revision]
-
-        # Alembic only warns, and drops one of them.
-        if other is not each:
-            raise FlaskAlembicError(
-                f"Two files have the revision id '{each.revision}': '{each.path}' and"
-                f" '{other.path}'."
-            )
-
-        for parent in _as_list(each.down_revision):
-            if parent not in known:
-                raise _command_error(
-                    f"{_title(each)} follows '{parent}', which no revision file has."
-                )
-
     script.revision_map = revision.RevisionMap(lambda: iter(loaded))
 
     try:
-        script.get_heads()
-    except revision.RevisionError as error:
-        raise _command_error(str(error)) from error
+        with warnings.catch_warnings():
+            # Alembic only warns of an id that two files have, or none.
+            warnings.filterwarnings("error", "Revision .* is (present|not present)")
+            script.get_heads()
+    except (revision.RevisionError, UserWarning) as error:
+        raise _command_error(f"The revision files form no history: {error}") from error
     except KeyError as error:
         message = f"A dependency on {error} fits no revision file."
         raise _command_error(message) from error
@@ -1732,12 +1714,10 @@ def _load_scripts(config: Config) -> tuple[ScriptDirectory, t.Any]:
 
 def _identifiers(target: RevisionTarget) -> str | tuple[str, ...]:
     """A target as Alembic takes it: an id or symbol, or several."""
-    # A bool is an int, and 1 equals True: only its type tells.
-    if isinstance(target, (str, int)) and target != "" and type(target) is not bool:
-        return str(target)
+    target = getattr(target, "revision", target)
 
-    if isinstance(revision := getattr(target, "revision", None), str):
-        return revision
+    if isinstance(target, (str, int)) and not isinstance(target, bool) and target != "":
+        return str(target)
 
     if isinstance(target, (list, tuple, set, frozenset)) and target:
         return tuple(str(_identifiers(each)) for each in target)
@@ -1893,7 +1873,7 @@ def _nothing(*_: t.Any, **__: t.Any) -> None:
     """Stand in for what must not be done."""
 
 
-class _OvertakenError(Exception):
+class _OvertakenError(FlaskAlembicError):
     """Another process migrated the database between two transactions of ours."""
 
 
@@ -2014,7 +1994,10 @@ class _Run:
 
     def _execute(self, step: RevisionStep, fn: t.Any, /, **kwargs: t.Any) -> None:
         if self._rechecks and self._rows != frozenset(self.context.get_current_heads()):
-            raise _OvertakenError
+            raise _OvertakenError(
+                "Another process migrated the database meanwhile: look where it stands,"
+                " and run the command again."
+            )
 
         try:
             try:
@@ -2145,10 +2128,7 @@ def _run_online(
             return _run_once(extension, scope, fn, kwargs)
         except _OvertakenError:
             if not isinstance(fn, _Steps) or fn.is_relative(extension.script_directory):
-                raise FlaskAlembicError(
-                    "Another process migrated the database meanwhile: look where it"
-                    " stands, and run the command again."
-                ) from None
+                raise
 
 
 def _refuse_nested() -> None:
@@ -2209,13 +2189,17 @@ def _run_once(
         # All locks, then all transactions, then the steps; in the end backwards.
         with _alone(), contextlib.ExitStack() as stack:
             for name in order:
-                connection = contexts[name].connection
-                assert connection is not None
-                guard = _guard(name, contexts[name], connection, settings)
-                checks.append(stack.enter_context(guard))
+                connection: t.Any = contexts[name].connection
+
+                if connection.in_transaction():
+                    # What the caller did through the low-level objects; Alembic would
+                    # neither begin nor commit where a transaction is open already.
+                    connection.commit()
+
                 run = _Run(extension, scope, targets[name], fn, connection)
-                stack.enter_context(_listening(connection, commit=run.commits.append))
                 runs[name] = run
+                checks.append(stack.enter_context(_guard(run, settings)))
+                stack.enter_context(_listening(connection, commit=run.commits.append))
 
             for name in order:
                 stack.enter_context(runs[name].environment.begin_transaction())
@@ -2225,8 +2209,6 @@ def _run_once(
 
             for check in checks:
                 check()
-    except _OvertakenError:
-        raise
     except BaseException as error:
         _explain(error, list(runs.values()))
         raise
@@ -2236,7 +2218,7 @@ def _run_once(
 
 @contextlib.contextmanager
 def _listening(
-    connection: sa.Connection, **listeners: cabc.Callable[..., t.Any]
+    connection: t.Any, **listeners: cabc.Callable[..., t.Any]
 ) -> cabc.Generator[None]:
     """Listen to a connection's events; the pool gets it back without listeners."""
     with contextlib.ExitStack() as stack:
@@ -2419,23 +2401,17 @@ def _dropped_by(sql: str) -> list[str]:
 
 
 def _guard(
-    name: str,
-    context: MigrationContext,
-    connection: sa.Connection,
-    settings: _Settings,
+    run: _Run, settings: _Settings
 ) -> contextlib.AbstractContextManager[cabc.Callable[[], None]]:
     """Guard one database; gives the check that has to pass before any commit."""
-    if connection.in_transaction():
-        # What the caller did through the low-level objects; Alembic would commit it
-        # too.
-        connection.commit()
+    connection: t.Any = run.connection
 
     if connection.dialect.name == "sqlite":
-        atomic = context.impl.transactional_ddl
-        return _sqlite_guard(name, connection, settings, atomic)
+        atomic = run.context.impl.transactional_ddl
+        return _sqlite_guard(run.name, connection, settings, atomic)
 
     if connection.dialect.name in ("postgresql", *_MYSQL):
-        return _server_guard(name, context, connection, settings)
+        return _server_guard(run, connection, settings)
 
     return contextlib.nullcontext(_nothing)
 
@@ -2466,10 +2442,7 @@ def _wait(
 
 @contextlib.contextmanager
 def _server_guard(
-    name: str,
-    context: MigrationContext,
-    connection: sa.Connection,
-    settings: _Settings,
+    run: _Run, connection: sa.Connection, settings: _Settings
 ) -> cabc.Generator[cabc.Callable[[], None]]:
     if connection.dialect.name in _MYSQL:
         autocommit = connection.exec_driver_sql("SELECT @@autocommit").scalar() == 1
@@ -2483,20 +2456,16 @@ def _server_guard(
         level = connection.default_isolation_level
         connection.execution_options(isolation_level=level)
 
-    with contextlib.ExitStack() as stack:
-        if settings.migration_lock:
-            schema = context.version_table_schema
-            schema = schema or connection.dialect.default_schema_name or ""
-            place = f"{schema}.{context.version_table}"
-            stack.enter_context(_server_lock(name, connection, place, settings))
+    lock = _server_lock(run, connection, settings.migration_lock_timeout)
+    guard = lock if settings.migration_lock else contextlib.nullcontext()
 
-        stack.enter_context(_server_timeouts(connection, settings))
+    with guard, _server_timeouts(connection, settings):
         yield _nothing
 
 
 @contextlib.contextmanager
 def _server_lock(
-    name: str, connection: sa.Connection, place: str, settings: _Settings
+    run: _Run, connection: sa.Connection, timeout: float | None
 ) -> cabc.Generator[None]:
     """Hold the server's lock, at session level: a transaction would lose it.
 
@@ -2504,7 +2473,10 @@ def _server_lock(
     """
     import hashlib
 
-    digest = hashlib.sha256(f"flask_alembic:{place}".encode()).hexdigest()
+    schema = run.context.version_table_schema
+    schema = schema or connection.dialect.default_schema_name or ""
+    place = f"flask_alembic:{schema}.{run.context.version_table}"
+    digest = hashlib.sha256(place.encode()).hexdigest()
     is_postgresql = connection.dialect.name == "postgresql"
     held = False
 
@@ -2535,7 +2507,7 @@ def _server_lock(
 
     try:
         try:
-            _wait(name, settings.migration_lock_timeout, attempt, advice)
+            _wait(run.name, timeout, attempt, advice)
         except exc.DBAPIError as error:
             # Servers that speak PostgreSQL's protocol may lack the function (42883) or
             # refuse it (0A000): CockroachDB, YugabyteDB, Redshift.
@@ -2547,7 +2519,7 @@ def _server_lock(
 
             held = False
             text = "Database '%s' has no advisory locks: migrating without."
-            _logger.info(text, name)
+            _logger.info(text, run.name)
 
         yield
     finally:
@@ -2564,11 +2536,11 @@ def _restore(connection: sa.Connection, action: cabc.Callable[[], t.Any]) -> Non
         if not connection.invalidated:
             action()
             connection.commit()
-    except exc.DBAPIError:
+    except BaseException as error:
         connection.invalidate()
-    except BaseException:
-        connection.invalidate()
-        raise
+
+        if not isinstance(error, exc.DBAPIError):
+            raise
 
 
 @contextlib.contextmanager
@@ -2684,7 +2656,7 @@ def _sqlite_guard(
         nonlocal orphans
 
         if orphans is not None:
-            _refuse_orphans(name, cursor, orphans)
+            _refuse_orphans(name, orphans, _orphans(cursor))
             orphans = None  # until the next transaction begins
 
     def commit(_: sa.Connection) -> None:
@@ -2749,16 +2721,13 @@ def _orphans(cursor: t.Any) -> t.Counter[str] | None:
     return Counter(row[0] for row in cursor.fetchall())
 
 
-def _refuse_orphans(name: str, cursor: t.Any, before: t.Counter[str]) -> None:
+def _refuse_orphans(
+    name: str, before: t.Counter[str], now: t.Counter[str] | None
+) -> None:
     """Refuse a transaction that adds rows which refer to nothing."""
-    now = _orphans(cursor)
-    cursor.execute("SELECT name FROM sqlite_master WHERE type = 'table'")
-    tables = {row[0] for row in cursor.fetchall()}
-    renamed = sum(n for table, n in before.items() if table not in tables)
-
     if now is None:
         what = "a foreign key that refers to columns which are not unique"
-    elif (added := now - before).total() > renamed:
+    elif added := now - before:
         what = f"rows in {_quoted(added)} that refer to rows which do not exist"
     else:
         return

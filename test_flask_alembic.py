@@ -3958,14 +3958,6 @@ def test_orphans_that_were_there_before_do_not_block(family: Rig) -> None:
     assert query(family.url, "SELECT count(*) FROM child") == [(4,)]
 
 
-def test_orphans_of_a_renamed_table_do_not_block(family: Rig) -> None:
-    """They have another table's name now, but there are no more of them."""
-    execute(family.url, "INSERT INTO child (id, parent_id) VALUES (4, 99)")
-    family.write("bb", "aa", 'op.rename_table("child", "kid")')
-    assert family.upgrade() == ["bb"]
-    assert query(family.url, "SELECT count(*) FROM kid") == [(4,)]
-
-
 @pytest.mark.parametrize("fails", [False, True], ids=["success", "failure"])
 def test_sqlite_connection_goes_back_as_it_came(family: Rig, fails: bool) -> None:
     """Pragmas, isolation level and the way transactions begin are the application's."""
