@@ -1605,9 +1605,8 @@ def _name_of(context: MigrationContext) -> str:
 
 
 @contextlib.contextmanager
-def _left_as_found(connection: sa.Connection | None) -> cabc.Generator[None]:
+def _left_as_found(connection: t.Any) -> cabc.Generator[None]:
     """End the transaction that reading begins, but not one that was open before."""
-    assert connection is not None
     began = not connection.in_transaction()
 
     try:
@@ -2239,15 +2238,14 @@ def _explain(error: BaseException, runs: list[_Run]) -> None:
     lines = ["The migration failed after its revisions ran."]
 
     for run in runs:
-        if run.step is not None:
+        if (step := run.step) is not None:
             lines = [
-                f"{_title(run.step.revision)} failed in database '{run.name}' while"
-                f" {_direction(run.step).removesuffix('e')}ing."
+                f"{_title(step.revision)} failed in database '{run.name}' while"
+                f" {_direction(step).removesuffix('e')}ing."
             ]
+            dialect = run.context.dialect.name
 
-            if run.context.dialect.name == "sqlite" and "database is locked" in str(
-                error
-            ):
+            if dialect == "sqlite" and "database is locked" in str(error):
                 lines.append(
                     "The migration itself holds SQLite's lock: a revision must write"
                     " through 'op.get_bind()', not through a connection of its own; or"
@@ -2284,30 +2282,21 @@ def _run_offline(
 
 def _refuse_range(script: ScriptDirectory, steps: _Steps) -> None:
     """Refuse a range that has no start, or one that does not lead to its target."""
-    lower: t.Any = steps.start
-    is_relative = steps.kind != "stamp" and steps.is_relative(script)
+    kind, start = steps.kind, steps.start
+    is_relative = kind in ("upgrade", "downgrade") and steps.is_relative(script)
 
-    if lower == "base":
-        if steps.kind == "downgrade" or is_relative:
-            raise _command_error(
-                f"SQL for {steps.kind} '{steps.target}' needs a start: START:TARGET."
-            )
+    if start == "base" and (kind == "downgrade" or is_relative):
+        raise _command_error(
+            f"SQL for {kind} '{steps.target}' needs a start: START:TARGET."
+        )
 
-        return
+    # Alembic says so itself of a downgrade.
+    if kind == "upgrade" and not is_relative:
+        target: t.Any = steps.resolve(script)
+        above = {each.revision for each in script.walk_revisions("base", target)}
 
-    ends = {each.revision for each in _scripts(script, lower)}  # fails if there is none
-
-    if steps.kind == "stamp" or is_relative:
-        return
-
-    upper: t.Any = steps.resolve(script)
-
-    if steps.kind == "downgrade":
-        lower, upper = upper, lower
-        ends = {each.revision for each in _scripts(script, lower)}
-
-    if not ends <= {each.revision for each in script.walk_revisions("base", upper)}:
-        raise _command_error(f"'{lower}' is not an ancestor of '{upper}'.")
+        if not {each.revision for each in _scripts(script, start)} <= above:
+            raise _command_error(f"'{start}' is not an ancestor of '{target}'.")
 
 
 def _version_rows(
@@ -2477,23 +2466,18 @@ def _server_lock(
     schema = schema or connection.dialect.default_schema_name or ""
     place = f"flask_alembic:{schema}.{run.context.version_table}"
     digest = hashlib.sha256(place.encode()).hexdigest()
-    is_postgresql = connection.dialect.name == "postgresql"
     held = False
 
-    if is_postgresql:
+    if connection.dialect.name == "postgresql":
         key = int(digest[:15], 16)
         take = f"SELECT pg_try_advisory_lock({key})"
         release = f"SELECT pg_advisory_unlock({key})"
-        advice = (
-            "SELECT a.* FROM pg_locks l JOIN pg_stat_activity a USING (pid)"
-            " WHERE l.locktype = 'advisory' AND l.granted"
-        )
+        advice = "SELECT pid FROM pg_locks WHERE locktype = 'advisory' AND granted"
     else:
         # At most 64 characters, and compared without case.
         lock = f"'flask_alembic:{digest[:40]}'"
         take, release = f"SELECT GET_LOCK({lock}, 0)", f"SELECT RELEASE_LOCK({lock})"
-        holder = f"IS_USED_LOCK({lock})"
-        advice = f"SELECT * FROM information_schema.processlist WHERE id = {holder}"
+        advice = f"SELECT IS_USED_LOCK({lock})"
 
     def attempt() -> bool:
         nonlocal held
@@ -2514,7 +2498,7 @@ def _server_lock(
             code = getattr(error.orig, "sqlstate", None)
             code = code or getattr(error.orig, "pgcode", None)
 
-            if not is_postgresql or code not in ("42883", "0A000"):
+            if code not in ("42883", "0A000"):
                 raise
 
             held = False
