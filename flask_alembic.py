@@ -1502,7 +1502,7 @@ def _select(targets: dict[str, _Target], names: DatabaseNames) -> dict[str, _Tar
     if names is None:
         return targets
 
-    wanted = _as_list(names)
+    wanted = [names] if isinstance(names, str) else list(names)
     unknown = [str(name) for name in wanted if name not in targets]
 
     if unknown or not wanted:
@@ -1695,12 +1695,18 @@ def _load_scripts(config: Config) -> tuple[ScriptDirectory, t.Any]:
             f" {type(error).__name__}: {error}"
         ) from error
 
+    known = {each.revision: each for each in loaded}
+
+    # Alembic only warns, and drops one of them.
+    if twice := {x.revision for x in loaded if known[x.revision] is not x}:
+        raise FlaskAlembicError(f"Two files have the revision id {_quoted(twice)}.")
+
     script.revision_map = revision.RevisionMap(lambda: iter(loaded))
 
     try:
         with warnings.catch_warnings():
-            # Alembic only warns of an id that two files have, or none.
-            warnings.filterwarnings("error", "Revision .* is (present|not present)")
+            # The warning says more than the KeyError that would follow it.
+            warnings.filterwarnings("error", "Revision .* is not present")
             script.get_heads()
     except (revision.RevisionError, UserWarning) as error:
         raise _command_error(f"The revision files form no history: {error}") from error
@@ -2119,8 +2125,15 @@ def _run_online(
     """Run steps on a scope's databases: on all or none, as far as they allow."""
     scope.ran.clear()
 
-    if isinstance(fn, _Steps) and _is_idle(extension, fn):
-        return
+    if isinstance(fn, _Steps):
+        try:
+            if not any(_pending(extension, fn).values()):
+                return
+        except exc.OperationalError as error:
+            # SQLite keeps even readers out while another process writes much. The guard
+            # waits for it.
+            if "database is locked" not in str(error):
+                raise
 
     while True:
         try:
@@ -2150,19 +2163,6 @@ def _alone() -> cabc.Generator[None]:
             yield
         finally:
             _running.reset(token)
-
-
-def _is_idle(extension: Alembic, steps: _Steps) -> bool:
-    """Whether no database has anything to do, as far as it can be read."""
-    try:
-        return not any(_pending(extension, steps).values())
-    except exc.OperationalError as error:
-        # SQLite keeps even readers out while another process writes much. The guard
-        # waits for it.
-        if "database is locked" not in str(error):
-            raise
-
-        return False
 
 
 def _run_once(
