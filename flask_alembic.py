@@ -1374,34 +1374,26 @@ class _Target(t.NamedTuple):
         return self.engine.dialect.is_async
 
     @property
-    def url(self) -> str:
-        """The address without its password."""
-        return self.engine.url.render_as_string(hide_password=True)
-
-    @property
     def identity(self) -> tuple[str, ...]:
         """What tells this database from others, as far as the URL says."""
         url, kind = self.engine.url, self.engine.dialect.name
-        kind = "mysql" if kind in _MYSQL else kind
-        path = url.database or ""
-        unique = (kind, str(id(self.engine)))
+        path, query = url.database or "", url.query
 
         if kind == "sqlite":
             path = path.removeprefix("file:").partition("?")[0]
-            in_memory = path in ("", ":memory:") or url.query.get("mode") == "memory"
-            return unique if in_memory else (kind, os.path.realpath(path))
 
-        keys = ("host", "port", "options")
-        host, port, options = (str(url.query.get(key, "")) for key in keys)
-        host = (url.host or host).lower()
+            if path not in ("", ":memory:") and query.get("mode") != "memory":
+                return kind, os.path.realpath(path)
+        elif path or url.host or "host" in query:
+            host = (url.host or str(query.get("host", ""))).lower()
+            host = "127.0.0.1" if host in ("localhost", "::1", "") else host
+            kind = "mysql" if kind in _MYSQL else kind
+            usual = {"mysql": 3306, "postgresql": 5432}.get(kind, "")
+            port = url.port or query.get("port") or usual
+            return kind, host, str(port), path, str(query.get("options", ""))
 
-        if not host and not path:
-            # An engine with a 'creator': its URL tells nothing.
-            return unique
-
-        host = "127.0.0.1" if host in ("localhost", "::1", "") else host
-        usual = {"mysql": 3306, "postgresql": 5432}.get(kind, "")
-        return (kind, host, str(url.port or port or usual), path, options)
+        # In memory, or an engine with a 'creator', whose URL tells nothing.
+        return kind, str(id(self.engine))
 
 
 def _quoted(names: cabc.Iterable[str]) -> str:
@@ -1465,27 +1457,26 @@ def _find_targets(
             " configuration of Flask-SQLAlchemy(-Lite)."
         )
 
-    return {
-        name: _target(name, metadata, found[name])
-        for name, metadata in metadatas.items()
-    }
+    targets = {}
 
+    for name, given in metadatas.items():
+        metadata = _as_list(given)
+        engine = getattr(found[name], "sync_engine", found[name])
 
-def _target(name: str, metadata: t.Any, engine: t.Any) -> _Target:
-    """One database, refusing what is no metadata or no engine, such as a base class."""
-    metadata = _as_list(metadata)
-    engine = getattr(engine, "sync_engine", engine)
+        # A base class in place of its metadata is a common slip.
+        if (
+            not metadata
+            or any(not isinstance(each, sa.MetaData) for each in metadata)
+            or not isinstance(engine, sa.Engine)
+        ):
+            raise FlaskAlembicError(
+                f"Database '{name}' needs a MetaData or a list of them, and an engine;"
+                f" not {given!r} and {engine!r}."
+            )
 
-    if not metadata or not all(isinstance(each, sa.MetaData) for each in metadata):
-        raise FlaskAlembicError(
-            f"The metadata of '{name}' must be a MetaData or a list of them, not"
-            f" {metadata!r}."
-        )
+        targets[name] = _Target(name, engine, metadata)
 
-    if not isinstance(engine, sa.Engine):
-        raise FlaskAlembicError(f"The engine of '{name}' is none: {engine!r}.")
-
-    return _Target(name, engine, metadata)
+    return targets
 
 
 def _check_version_tables(targets: dict[str, _Target]) -> None:
@@ -1528,8 +1519,11 @@ def _primary(names: cabc.Iterable[str]) -> str:
     """The database that is meant where one answer is asked for."""
     names = list(names)
 
-    if "default" in names or len(names) == 1:
-        return "default" if "default" in names else names[0]
+    if len(names) == 1:
+        return names[0]
+
+    if "default" in names:
+        return "default"
 
     raise FlaskAlembicError(
         f"Several databases, none named 'default': name one of {_quoted(names)}."
@@ -1552,7 +1546,7 @@ def _connect(target: _Target) -> cabc.Generator[sa.Connection]:
     engine: t.Any = target.engine
     pool, options = engine.pool, engine.get_execution_options()
 
-    while isinstance(proxied := getattr(engine, "_proxied", None), sa.Engine):
+    while proxied := getattr(engine, "_proxied", None):
         # SQLAlchemy 2.0 takes no listeners on a connection of an engine with options.
         engine = proxied
 
@@ -1586,8 +1580,9 @@ def _connect(target: _Target) -> cabc.Generator[sa.Connection]:
         except Exception as error:
             error.__dict__[_ORIGIN] = "connect"
             cause = " ".join(str(getattr(error, "orig", None) or error).split())
+            address = engine.url.render_as_string(hide_password=True)
             error.add_note(
-                f"Cannot connect to database '{target.name}' ({target.url}):"
+                f"Cannot connect to database '{target.name}' ({address}):"
                 f" {cause or type(error).__name__}"
             )
             raise
@@ -1611,9 +1606,8 @@ def _name_of(context: MigrationContext) -> str:
 
 
 @contextlib.contextmanager
-def _left_as_found(connection: sa.Connection | None) -> cabc.Generator[None]:
+def _left_as_found(connection: t.Any) -> cabc.Generator[None]:
     """End the transaction that reading begins, but not one that was open before."""
-    assert connection is not None
     began = not connection.in_transaction()
 
     try:
@@ -1626,79 +1620,37 @@ def _left_as_found(connection: sa.Connection | None) -> cabc.Generator[None]:
 def _in_loop(fn: cabc.Callable[[], _R]) -> _R:
     """Call a synchronous function where an async driver can be awaited."""
     import asyncio
+    from importlib.util import find_spec
+
+    from sqlalchemy.util import greenlet_spawn
 
     if _looping.get():
         return fn()
 
+    if find_spec("greenlet") is None:
+        raise FlaskAlembicError(
+            "An async engine needs greenlet: run \"pip install 'sqlalchemy[asyncio]'\"."
+        )
+
+    async def spawn() -> _R:
+        _looping.set(True)
+        return await greenlet_spawn(fn)
+
+    def run() -> _R:
+        # With a factory, it leaves the thread's own event loop alone.
+        with asyncio.Runner(loop_factory=asyncio.new_event_loop) as runner:
+            return runner.run(spawn())
+
     # The public function raises, which would be the context of every error in 'fn'.
     if asyncio._get_running_loop() is None:  # noqa: SLF001
-        return _in_new_loop(fn)
+        return run()
 
     # That loop is busy with the caller: work in a thread that has a loop of its own.
     from concurrent.futures import ThreadPoolExecutor
     from contextvars import copy_context
 
     with ThreadPoolExecutor(1) as executor:
-        return executor.submit(copy_context().run, _in_new_loop, fn).result()
-
-
-def _in_new_loop(fn: cabc.Callable[[], _R]) -> _R:
-    """Call it so; bring Ctrl-C at once to a revision's own code, else where it awaits.
-
-    ``asyncio.Runner`` keeps the first one from code that awaits nothing, and raising it
-    in the loop itself crashes asyncpg.
-    """
-    import asyncio
-    import signal
-
-    from sqlalchemy.util import greenlet_spawn
-
-    try:
-        from greenlet import getcurrent  # type: ignore[import-untyped]
-    except ImportError as error:
-        raise FlaskAlembicError(
-            "An async engine needs greenlet: run \"pip install 'sqlalchemy[asyncio]'\"."
-        ) from error
-
-    root, count = getcurrent(), 0
-
-    async def spawn() -> _R:
-        _looping.set(True)
-        return await greenlet_spawn(fn)
-
-    def interrupt(*_: object) -> None:
-        nonlocal count
-        count += 1
-
-        if count > 1 or getcurrent() is not root:
-            raise KeyboardInterrupt
-
-        task.cancel()
-        loop.call_soon_threadsafe(lambda: None)  # wakes the loop up
-
-    loop = asyncio.new_event_loop()
-    task = loop.create_task(spawn())
-    ours = (
-        threading.current_thread() is threading.main_thread()
-        and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    )
-
-    try:
-        if ours:
-            signal.signal(signal.SIGINT, interrupt)
-
-        return loop.run_until_complete(task)
-    except asyncio.CancelledError:
-        if count:
-            raise KeyboardInterrupt from None
-
-        raise
-    finally:
-        if ours:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-
-        loop.run_until_complete(loop.shutdown_asyncgens())
-        loop.close()
+        return executor.submit(copy_context().run, run).result()
 
 
 def _title(script: Script) -> str:
@@ -1708,21 +1660,22 @@ def _title(script: Script) -> str:
 def _script_signature(script: ScriptDirectory) -> t.Any:
     """What changes when a revision file is added, removed or changed."""
     # No public name tells the resolved version locations.
-    locations = [os.fspath(path) for path in script._version_locations]  # noqa: SLF001
+    locations: t.Any = script._version_locations  # noqa: SLF001
     return _signature(locations, script.recursive_version_locations)
 
 
 def _load_scripts(config: Config) -> tuple[ScriptDirectory, t.Any]:
     """Load the revision files, and refuse those that form no history."""
+    from traceback import walk_tb
+
     from alembic.script import ScriptDirectory
     from alembic.script import revision
 
     home = config.get_main_option("script_location") or ""
 
     if ":" not in home and not os.path.isdir(home):
-        what = "is not a folder" if os.path.exists(home) else "does not exist"
         raise FlaskAlembicError(
-            f"The migrations folder '{home}' {what}: set ALEMBIC['script_location'] or"
+            f"There is no migrations folder '{home}': set ALEMBIC['script_location'] or"
             " run 'flask db mkdir'."
         )
 
@@ -1735,35 +1688,29 @@ def _load_scripts(config: Config) -> tuple[ScriptDirectory, t.Any]:
     try:
         loaded = list(script._load_revisions())  # noqa: SLF001
     except Exception as error:
+        # Alembic does not tell the file, but the frame that was loading it has it.
+        frames = [frame for frame, _ in walk_tb(error.__traceback__)]
+        paths = [f.f_locals["path"] for f in frames if f.f_code.co_name == "_from_path"]
         raise FlaskAlembicError(
-            f"The revision file '{_file_of(error)}' cannot be loaded:"
+            f"The revision file '{' '.join(map(str, paths))}' cannot be loaded:"
             f" {type(error).__name__}: {error}"
         ) from error
 
     known = {each.revision: each for each in loaded}
 
-    for each in loaded:
-        other = known[each.revision]
-
-        # Alembic only warns, and drops one of them.
-        if other is not each:
-            raise FlaskAlembicError(
-                f"Two files have the revision id '{each.revision}': '{each.path}' and"
-                f" '{other.path}'."
-            )
-
-        for parent in _as_list(each.down_revision):
-            if parent not in known:
-                raise _command_error(
-                    f"{_title(each)} follows '{parent}', which no revision file has."
-                )
+    # Alembic only warns, and drops one of them.
+    if twice := {x.revision for x in loaded if known[x.revision] is not x}:
+        raise FlaskAlembicError(f"Two files have the revision id {_quoted(twice)}.")
 
     script.revision_map = revision.RevisionMap(lambda: iter(loaded))
 
     try:
-        script.get_heads()
-    except revision.RevisionError as error:
-        raise _command_error(str(error)) from error
+        with warnings.catch_warnings():
+            # The warning says more than the KeyError that would follow it.
+            warnings.filterwarnings("error", "Revision .* is not present")
+            script.get_heads()
+    except (revision.RevisionError, UserWarning) as error:
+        raise _command_error(f"The revision files form no history: {error}") from error
     except KeyError as error:
         message = f"A dependency on {error} fits no revision file."
         raise _command_error(message) from error
@@ -1771,23 +1718,12 @@ def _load_scripts(config: Config) -> tuple[ScriptDirectory, t.Any]:
     return script, signature
 
 
-def _file_of(error: BaseException) -> str:
-    """The revision file that Alembic was loading when it failed."""
-    from traceback import walk_tb
-
-    frames = [frame for frame, _ in walk_tb(error.__traceback__)]
-    paths = [f.f_locals.get("path") for f in frames if f.f_code.co_name == "_from_path"]
-    return str(paths[-1]) if paths else "?"
-
-
 def _identifiers(target: RevisionTarget) -> str | tuple[str, ...]:
     """A target as Alembic takes it: an id or symbol, or several."""
-    # A bool is an int, and 1 equals True: only its type tells.
-    if isinstance(target, (str, int)) and target != "" and type(target) is not bool:
-        return str(target)
+    target = getattr(target, "revision", target)
 
-    if isinstance(revision := getattr(target, "revision", None), str):
-        return revision
+    if isinstance(target, (str, int)) and not isinstance(target, bool) and target != "":
+        return str(target)
 
     if isinstance(target, (list, tuple, set, frozenset)) and target:
         return tuple(str(_identifiers(each)) for each in target)
@@ -1879,7 +1815,7 @@ class _Steps:
         self.start, self.purge = str(_identifiers(start)), purge
 
     def __call__(self, rows: t.Any, context: MigrationContext) -> list[t.Any]:
-        script = self.extension.script_directory
+        script: t.Any = context.script
         rows = tuple(_as_list(rows))
         _refuse_unknown(script, rows, _name_of(context))
 
@@ -1904,16 +1840,12 @@ class _Steps:
             return target
 
         # Digits are an id before they are a count; nobody counts to a thousand.
-        ids = [each.revision for each in script.walk_revisions()]
-        long = len(target) > 3
-
-        if target in ids or (long and any(each.startswith(target) for each in ids)):
+        if len(target) > 3 or target in {s.revision for s in script.walk_revisions()}:
             return target
 
-        if int(target) == 0 or long:
-            raise _command_error(
-                f"Can't locate a revision '{target}', and it is no count."
-            )
+        # Nor is it a prefix of '0001'.
+        if int(target) == 0:
+            raise _command_error(f"'{target}' is neither a revision nor a count.")
 
         return f"{'-' if self.kind == 'downgrade' else '+'}{int(target)}"
 
@@ -1926,16 +1858,19 @@ class _Steps:
 def _pending(extension: Alembic, steps: _Steps) -> dict[str, bool]:
     """Which databases have something to do; nothing is locked or written."""
     found = {}
+    script = extension.script_directory
 
     for name, context in extension.migration_contexts.items():
-        with _left_as_found(context.connection):
-            found[name] = steps.purge or bool(
-                steps(context.get_current_heads(), context)
-            )
+        # The application may hold a context that is older than the files.
+        context.script = script
 
+        with _left_as_found(context.connection):
             if steps.kind == "ensure-version":
                 # Reading the heads does not tell an empty table from a missing one.
                 found[name] = not context._has_version_table()  # noqa: SLF001
+            else:
+                rows = context.get_current_heads()
+                found[name] = steps.purge or bool(steps(rows, context))
 
     return found
 
@@ -1944,7 +1879,7 @@ def _nothing(*_: t.Any, **__: t.Any) -> None:
     """Stand in for what must not be done."""
 
 
-class _OvertakenError(Exception):
+class _OvertakenError(FlaskAlembicError):
     """Another process migrated the database between two transactions of ours."""
 
 
@@ -1969,17 +1904,26 @@ class _Run:
         self.ran: list[Script] = []
         #: The step that is running, or that failed.
         self.step: RevisionStep | None = None
-        self.started = self.committed = False
-        self.commits = 0
+        self.commits: list[sa.Connection] = []
         self.output = io.StringIO()
-        self._rows: frozenset[str] = frozenset()
         options = _options(extension, target.name)
-        hooks = _as_list(options.get("on_version_apply"))
-        options["on_version_apply"] = [*hooks, self._applied]
+        dialect_name = target.engine.dialect.name
         given: dict[str, t.Any] = {"fn": self._steps, "tag": scope.tag}
 
         if isinstance(fn, _Steps):
             given.update(purge=fn.purge, destination_rev=_identifiers(fn.target))
+
+        # SQLite's lock is its transaction, so it is given up between two of them.
+        self._rechecks = (
+            connection is not None
+            and dialect_name == "sqlite"
+            and options.get("transaction_per_migration", False)
+        )
+        self._rows: frozenset[str] = frozenset()
+
+        if self._rechecks:
+            hooks = _as_list(options.get("on_version_apply"))
+            options["on_version_apply"] = [*hooks, self._applied]
 
         if connection is None:
             given["as_sql"] = True
@@ -1987,38 +1931,24 @@ class _Run:
             dialect_opts = {"paramstyle": "named", **options.get("dialect_opts", {})}
             options.update(url=target.engine.url, dialect_opts=dialect_opts)
             options.update(output_buffer=self.output, literal_binds=True)
-            options["starting_rev"] = None if start == "base" else start or None
+            options["starting_rev"] = start
 
         config = _with_x(extension.config, scope.x)
         script = extension.script_directory
         self.environment = EnvironmentContext(config, script, **given)
         self.environment.configure(connection=connection, **options)
         self.context = self.environment.get_context()
-        dialect: t.Any = self.context.dialect
 
         if connection is None:
             # Alembic 1.16 drops the table when no revision is left, even a new table.
             table: t.Any = self.context._version  # noqa: SLF001
             table.drop = _nothing
 
-        if connection is None and dialect.name == "postgresql":
-            # SQLAlchemy < 2.1 doubles backslashes until it has seen a server's setting,
-            # which is 'standard_conforming_strings = on' since PostgreSQL 9.1.
-            dialect._backslash_escapes = False  # noqa: SLF001
-
-        # SQLite's lock is its transaction, so it is given up between two of them.
-        self._rechecks = (
-            connection is not None
-            and dialect.name == "sqlite"
-            and options.get("transaction_per_migration", False)
-        )
-
-    @contextlib.contextmanager
-    def transaction(self) -> cabc.Generator[None]:
-        with self.environment.begin_transaction():
-            yield
-
-        self.committed = True
+            if dialect_name == "postgresql":
+                # SQLAlchemy < 2.1 doubles backslashes until it has seen a server's
+                # setting, 'standard_conforming_strings = on' since PostgreSQL 9.1.
+                dialect: t.Any = self.context.dialect
+                dialect._backslash_escapes = False  # noqa: SLF001
 
     def migrate(self, kwargs: dict[str, t.Any]) -> None:
         with self.environment, _colons_kept():
@@ -2044,7 +1974,7 @@ class _Run:
         """The steps, reporting each as it starts and as it is done."""
         self._rows = frozenset(_as_list(rows))
         steps: list[t.Any] = list(self.fn(rows, context))
-        report = _progress.get() or (lambda progress: None)
+        report = _progress.get() or _nothing
 
         if isinstance(self.fn, _Steps) and self.fn.kind == "ensure-version":
             # As each step is: committed here where a run has no transaction as a whole.
@@ -2052,25 +1982,28 @@ class _Run:
                 context._ensure_version_table()  # noqa: SLF001
 
         for number, step in enumerate(steps, 1):
-            if getattr(step, "revision", None) is None:  # a stamp
+            if (revision := getattr(step, "revision", None)) is None:  # a stamp
                 yield step
                 continue
 
-            place = (self.name, step.revision, step.is_upgrade, number, len(steps))
             run = functools.partial(self._execute, step, step.migration_fn)
             step.migration_fn = functools.update_wrapper(run, step.migration_fn)
-            self.step, self.started = step, True
-            began = time.monotonic()
-            report(_Progress(*place, None))
+            self.step, began = step, time.monotonic()
+            total, up = len(steps), step.is_upgrade
+            progress = _Progress(self.name, revision, up, number, total, None)
+            report(progress)
             yield step
             # Alembic asks for the next step when this one is in the version table.
             self.step = None
-            self.ran.append(step.revision)
-            report(_Progress(*place, time.monotonic() - began))
+            self.ran.append(revision)
+            report(progress._replace(seconds=time.monotonic() - began))
 
     def _execute(self, step: RevisionStep, fn: t.Any, /, **kwargs: t.Any) -> None:
         if self._rechecks and self._rows != frozenset(self.context.get_current_heads()):
-            raise _OvertakenError
+            raise _OvertakenError(
+                "Another process migrated the database meanwhile: look where it stands,"
+                " and run the command again."
+            )
 
         try:
             try:
@@ -2093,9 +2026,8 @@ class _Run:
         except BaseException as error:
             error.__dict__.setdefault(_ORIGIN, "revision")
             # What comes of asking where nothing answers.
-            words = ("NoneType", "MockConnection", "--sql mode", "offline")
-            kinds = (exc.NoInspectionAvailable, exc.CompileError)
-            asks = isinstance(error, kinds) or any(x in str(error) for x in words)
+            words = "NoneType|MockConnection|--sql mode|offline"
+            asks = isinstance(error, exc.CompileError) or re.search(words, str(error))
 
             if self.connection is None and asks:
                 raise _command_error(
@@ -2110,9 +2042,6 @@ class _Run:
     def _applied(self, *, heads: cabc.Iterable[str], **_: t.Any) -> None:
         self._rows = frozenset(heads)
 
-    def count_commit(self, connection: sa.Connection) -> None:
-        self.commits += 1
-
     def outcome(self) -> str:
         """Where the database stands after a failure, and what to do about it."""
         where = "an unknown revision, as it cannot be read"
@@ -2121,28 +2050,22 @@ class _Run:
         with contextlib.suppress(Exception), _left_as_found(self.connection):
             where = _quoted(self.context.get_current_heads()) or "base"
 
-        if self.context.impl.transactional_ddl:
-            if self.committed:
-                what = "committed"
-            elif self.commits:
-                what = (
-                    "rolled back to its last commit, after a finished revision or at an"
-                    " autocommit_block()"
-                )
-            else:
-                what = "everything was rolled back"
-        elif self.step is None:
-            what = "what ran stays, nothing was rolled back"
-        else:
+        if not self.context.impl.transactional_ddl:
             what = (
-                f"{self.context.dialect.name} commits DDL by itself, so statements that"
-                f" '{self.step.revision.revision}' ran before the error stay"
+                f"{self.context.dialect.name} commits DDL by itself, so what ran stays"
             )
-            advice = (
-                ". Either undo these statements by hand and run the command again, or"
-                " finish the revision by hand and run"
-                f" 'flask db stamp {' '.join(self.step.to_revisions) or 'base'}'"
-            )
+
+            if self.step is not None:
+                advice = (
+                    f". Either undo by hand what '{self.step.revision.revision}' did"
+                    " before the error and run the command again, or finish it by hand"
+                    " and run"
+                    f" 'flask db stamp {' '.join(self.step.to_revisions) or 'base'}'"
+                )
+        elif self.commits:
+            what = "what was committed stays, the rest was rolled back"
+        else:
+            what = "everything was rolled back"
 
         return f"Database '{self.name}': {what}; it stands at {where}{advice}."
 
@@ -2157,14 +2080,15 @@ def _arguments(
     """What to pass to a revision's function for a database; ``None`` not to call it."""
     import inspect
 
-    prefix = f"{_direction(step)}_"
-    functions = {k: v for k, v in vars(step.revision.module).items() if callable(v)}
-    parameters = inspect.signature(functions[_direction(step)]).parameters.values()
-    sections = {k.removeprefix(prefix) for k in functions if k.startswith(prefix)}
-    named = any(p.name == "engine_name" for p in parameters)
-
-    if any(p.kind is p.VAR_KEYWORD for p in parameters) and len(names) > 1:
-        named = named or bool(sections & {*names})
+    functions, prefix = vars(step.revision.module), f"{_direction(step)}_"
+    parameters = inspect.signature(functions[_direction(step)]).parameters
+    sections = {
+        key.removeprefix(prefix)
+        for key, value in functions.items()
+        if key.startswith(prefix) and callable(value)
+    }
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    named = "engine_name" in parameters or (takes_any and sections & {*names})
 
     if not named:
         # Written before there was a second database.
@@ -2202,18 +2126,22 @@ def _run_online(
     """Run steps on a scope's databases: on all or none, as far as they allow."""
     scope.ran.clear()
 
-    if isinstance(fn, _Steps) and _is_idle(extension, fn):
-        return
+    if isinstance(fn, _Steps):
+        try:
+            if not any(_pending(extension, fn).values()):
+                return
+        except exc.OperationalError as error:
+            # SQLite keeps even readers out while another process writes much. The guard
+            # waits for it.
+            if "database is locked" not in str(error):
+                raise
 
     while True:
         try:
             return _run_once(extension, scope, fn, kwargs)
         except _OvertakenError:
             if not isinstance(fn, _Steps) or fn.is_relative(extension.script_directory):
-                raise FlaskAlembicError(
-                    "Another process migrated the database meanwhile: look where it"
-                    " stands, and run the command again."
-                ) from None
+                raise
 
 
 def _refuse_nested() -> None:
@@ -2224,17 +2152,18 @@ def _refuse_nested() -> None:
         )
 
 
-def _is_idle(extension: Alembic, steps: _Steps) -> bool:
-    """Whether no database has anything to do, as far as it can be read."""
-    try:
-        return not any(_pending(extension, steps).values())
-    except exc.OperationalError as error:
-        # SQLite keeps even readers out while another process writes much. The guard
-        # waits for it.
-        if "database is locked" not in str(error):
-            raise
+@contextlib.contextmanager
+def _alone() -> cabc.Generator[None]:
+    """Have Alembic's ``op`` for one run."""
+    _refuse_nested()
 
-        return False
+    with _RUN_LOCK:
+        token = _running.set(True)
+
+        try:
+            yield
+        finally:
+            _running.reset(token)
 
 
 def _run_once(
@@ -2256,42 +2185,40 @@ def _run_once(
             " time: migrate them one by one, with 'database' (-n)."
         )
 
-    with _RUN_LOCK:
-        token = _running.set(True)
+    try:
+        # All locks, then all transactions, then the steps; in the end backwards.
+        with _alone(), contextlib.ExitStack() as stack:
+            for name in order:
+                connection: t.Any = contexts[name].connection
 
-        try:
-            # All locks, then all transactions, then the steps; in the end backwards.
-            with contextlib.ExitStack() as stack:
-                for name in order:
-                    connection = contexts[name].connection
-                    assert connection is not None
-                    guard = _guard(contexts[name], connection, settings)
-                    checks.append(stack.enter_context(guard))
-                    run = _Run(extension, scope, targets[name], fn, connection)
-                    stack.enter_context(_listening(connection, commit=run.count_commit))
-                    runs[name] = run
+                if connection.in_transaction():
+                    # What the caller did through the low-level objects; Alembic would
+                    # neither begin nor commit where a transaction is open already.
+                    connection.commit()
 
-                for name in order:
-                    stack.enter_context(runs[name].transaction())
+                run = _Run(extension, scope, targets[name], fn, connection)
+                runs[name] = run
+                checks.append(stack.enter_context(_guard(run, settings)))
+                stack.enter_context(_listening(connection, commit=run.commits.append))
 
-                for name in contexts:
-                    runs[name].migrate(kwargs)
+            for name in order:
+                stack.enter_context(runs[name].environment.begin_transaction())
 
-                for check in checks:
-                    check()
-        except BaseException as error:
-            if not isinstance(error, _OvertakenError):
-                _explain(error, list(runs.values()))
+            for name in contexts:
+                runs[name].migrate(kwargs)
 
-            raise
-        finally:
-            _running.reset(token)
-            scope.ran.update((s.revision, s) for run in runs.values() for s in run.ran)
+            for check in checks:
+                check()
+    except BaseException as error:
+        _explain(error, list(runs.values()))
+        raise
+    finally:
+        scope.ran.update((s.revision, s) for run in runs.values() for s in run.ran)
 
 
 @contextlib.contextmanager
 def _listening(
-    connection: sa.Connection, **listeners: cabc.Callable[..., t.Any]
+    connection: t.Any, **listeners: cabc.Callable[..., t.Any]
 ) -> cabc.Generator[None]:
     """Listen to a connection's events; the pool gets it back without listeners."""
     with contextlib.ExitStack() as stack:
@@ -2306,24 +2233,24 @@ def _listening(
 
 def _explain(error: BaseException, runs: list[_Run]) -> None:
     """Add the note that says what failed, and how it left each database."""
-    if not any(run.started for run in runs):
+    if not any(run.step or run.ran for run in runs):
         return
 
     lines = ["The migration failed after its revisions ran."]
 
     for run in runs:
-        if run.step is not None:
+        if (step := run.step) is not None:
             lines = [
-                f"{_title(run.step.revision)} failed in database '{run.name}' while"
-                f" {_direction(run.step).removesuffix('e')}ing."
+                f"{_title(step.revision)} failed in database '{run.name}' while"
+                f" {_direction(step).removesuffix('e')}ing."
             ]
             dialect = run.context.dialect.name
 
             if dialect == "sqlite" and "database is locked" in str(error):
                 lines.append(
                     "The migration itself holds SQLite's lock: a revision must write"
-                    " through 'op.get_bind()', not through a session or connection of"
-                    " its own; or set 'transactional_ddl' to False in ALEMBIC_CONTEXT."
+                    " through 'op.get_bind()', not through a connection of its own; or"
+                    " set 'transactional_ddl' to False in ALEMBIC_CONTEXT."
                 )
 
     error.add_note("\n".join([*lines, *(run.outcome() for run in runs)]))
@@ -2333,7 +2260,6 @@ def _run_offline(
     extension: Alembic, scope: _Scope, steps: _Steps, live: dict[str, _Heads] | None
 ) -> dict[str, str]:
     """Write the steps as SQL, from where the databases stand or from a given start."""
-    _refuse_nested()
     script = extension.script_directory
     result = {}
 
@@ -2341,14 +2267,13 @@ def _run_offline(
         _refuse_range(script, steps)
 
     for name, target in scope.targets(extension).items():
-        start = steps.start if live is None else live[name]
-
         if live is not None:
             _refuse_unknown(script, live[name], name)
 
+        start = steps.start if live is None else live[name]
         run = _Run(extension, scope, target, steps, start=start)
 
-        with _RUN_LOCK, run.transaction():
+        with _alone(), run.environment.begin_transaction():
             run.migrate({})
 
         result[name] = run.output.getvalue()
@@ -2358,32 +2283,21 @@ def _run_offline(
 
 def _refuse_range(script: ScriptDirectory, steps: _Steps) -> None:
     """Refuse a range that has no start, or one that does not lead to its target."""
-    if steps.start == "base":
-        if steps.kind == "downgrade":
-            raise _command_error("SQL for a downgrade needs a start: START:TARGET.")
+    kind, start = steps.kind, steps.start
+    is_relative = kind in ("upgrade", "downgrade") and steps.is_relative(script)
 
-        if steps.kind == "upgrade" and steps.is_relative(script):
-            raise _command_error(
-                f"SQL for the relative target '{steps.target}' needs a start:"
-                " START:TARGET."
-            )
+    if start == "base" and (kind == "downgrade" or is_relative):
+        raise _command_error(
+            f"SQL for {kind} '{steps.target}' needs a start: START:TARGET."
+        )
 
-        return
+    # Alembic says so itself of a downgrade.
+    if kind == "upgrade" and not is_relative:
+        target: t.Any = steps.resolve(script)
+        above = {each.revision for each in script.walk_revisions("base", target)}
 
-    lower: t.Any = steps.start
-    upper: t.Any = steps.resolve(script)
-    _scripts(script, lower)  # fails if there is none
-
-    if steps.kind in ("stamp", "ensure-version") or steps.is_relative(script):
-        return
-
-    if steps.kind == "downgrade":
-        lower, upper = upper, lower
-
-    above = {each.revision for each in script.walk_revisions("base", upper)}
-
-    if not {each.revision for each in _scripts(script, lower)} <= above:
-        raise _command_error(f"'{lower}' is not an ancestor of '{upper}'.")
+        if not {each.revision for each in _scripts(script, start)} <= above:
+            raise _command_error(f"'{start}' is not an ancestor of '{target}'.")
 
 
 def _version_rows(
@@ -2408,14 +2322,13 @@ def _plan(
     extension: Alembic, scope: _Scope, steps: _Steps
 ) -> dict[str, list[PlannedStep]]:
     """Read what the steps would do, by operations that only record."""
-    _refuse_nested()
     result = {}
 
     for name, rows in extension._rows().items():
         target = scope.targets(extension)[name]
         run = _Run(extension, scope, target, steps, start=rows)
 
-        with _RUN_LOCK, run.environment:
+        with _alone(), run.environment:
             result[name] = [_read_step(run, step) for step in steps(rows, run.context)]
 
     return result
@@ -2426,17 +2339,20 @@ def _read_step(run: _Run, step: RevisionStep) -> PlannedStep:
     from alembic.operations import ops
 
     drops: list[str] = []
+    problem = None
+    written = run.output.tell()
 
-    def record(recorder: Operations, operation: MigrateOperation) -> t.Any:
+    def record(operation: MigrateOperation) -> t.Any:
         if isinstance(operation, (ops.DropTableOp, ops.DropColumnOp)):
-            name = ".".join(filter(None, (operation.schema, operation.table_name)))
             column = getattr(operation, "column_name", None)
-            drops.append(f"column {name}.{column}" if column else f"table {name}")
+            names = (operation.schema, operation.table_name, column)
+            kind = "column" if column else "table"
+            drops.append(f"{kind} {'.'.join(filter(None, names))}")
         elif isinstance(operation, ops.ExecuteSQLOp):
             drops.extend(_dropped_by(str(operation.sqltext)))
         elif isinstance(operation, ops.CreateTableOp):
             # The revision may insert rows into what it made.
-            return operation.to_table(recorder.migration_context)
+            return operation.to_table(run.context)
 
         return None
 
@@ -2445,29 +2361,21 @@ def _read_step(run: _Run, step: RevisionStep) -> PlannedStep:
         table_name: str, schema: str | None = None, *args: t.Any, **kwargs: t.Any
     ) -> cabc.Generator[t.Any]:
         impl: t.Any = types.SimpleNamespace(table_name=table_name, schema=schema)
-        yield recording(operations.BatchOperations(run.context, impl=impl))
+        recorder: t.Any = operations.BatchOperations(run.context, impl=impl)
+        recorder.invoke = record
+        yield recorder
 
-    def recording(recorder: t.Any) -> t.Any:
-        recorder.invoke = functools.partial(record, recorder)
-        recorder.batch_alter_table = batch
-        return recorder
+    with operations.Operations.context(run.context) as op:
+        recorder: t.Any = op
+        recorder.invoke, recorder.batch_alter_table = record, batch
 
-    recorder = recording(operations.Operations(run.context))
-    problem = None
-    # 'op' must be this object: Operations.context() makes one of its own.
-    recorder._install_proxy()  # noqa: SLF001
-
-    try:
-        run.call(step, step.migration_fn, {})
-    except Exception as error:
-        problem = f"{type(error).__name__}: {_user_message(error)}"
-    finally:
-        recorder._remove_proxy()  # noqa: SLF001
+        try:
+            run.call(step, step.migration_fn, {})
+        except Exception as error:
+            problem = f"{type(error).__name__}: {_user_message(error)}"
 
     # Recorded operations write nothing: what is here went through 'op.get_bind()'.
-    drops.extend(_dropped_by(run.output.getvalue()))
-    run.output.seek(0)
-    run.output.truncate()
+    drops.extend(_dropped_by(run.output.getvalue()[written:]))
     return PlannedStep(step.revision, step.is_upgrade, tuple(drops), problem)
 
 
@@ -2482,48 +2390,20 @@ def _dropped_by(sql: str) -> list[str]:
 # atomic, sets the server's timeouts, and leaves the connection as it was.
 
 
-@contextlib.contextmanager
 def _guard(
-    context: MigrationContext, connection: sa.Connection, settings: _Settings
-) -> cabc.Generator[cabc.Callable[[], None]]:
+    run: _Run, settings: _Settings
+) -> contextlib.AbstractContextManager[cabc.Callable[[], None]]:
     """Guard one database; gives the check that has to pass before any commit."""
-    check: cabc.Callable[[], None] = lambda: None  # noqa: E731
-    name, kind = _name_of(context), connection.dialect.name
+    connection: t.Any = run.connection
 
-    if connection.in_transaction():
-        # What the caller did through the low-level objects; Alembic would commit it
-        # too.
-        connection.commit()
+    if connection.dialect.name == "sqlite":
+        atomic = run.context.impl.transactional_ddl
+        return _sqlite_guard(run.name, connection, settings, atomic)
 
-    with contextlib.ExitStack() as stack:
-        if kind == "sqlite":
-            atomic = context.impl.transactional_ddl
-            stack.enter_context(_sqlite_guard(name, connection, settings, atomic))
-            check = stack.enter_context(_sqlite_keys(name, connection))
-        elif kind in ("postgresql", *_MYSQL):
-            driver = connection.connection.dbapi_connection
+    if connection.dialect.name in ("postgresql", *_MYSQL):
+        return _server_guard(run, connection, settings)
 
-            autocommit = getattr(driver, "autocommit", False) is True
-
-            if kind in _MYSQL:
-                query = connection.exec_driver_sql("SELECT @@autocommit")
-                autocommit = query.scalar() == 1
-                connection.rollback()
-
-            if autocommit:
-                # An engine in AUTOCOMMIT has no transaction that could be rolled back.
-                level = connection.default_isolation_level
-                connection.execution_options(isolation_level=level)
-
-            if settings.migration_lock:
-                schema = context.version_table_schema
-                schema = schema or connection.dialect.default_schema_name or ""
-                place = f"{schema}.{context.version_table}"
-                stack.enter_context(_server_lock(name, connection, place, settings))
-
-            stack.enter_context(_server_timeouts(connection, settings))
-
-        yield check
+    return contextlib.nullcontext(_nothing)
 
 
 def _wait(
@@ -2550,74 +2430,86 @@ def _wait(
         pause = min(pause * 1.5, 0.5)
 
 
-def _lock_statements(kind: str, place: str) -> tuple[sa.TextClause, sa.TextClause, str]:
-    """How to take and release a server's lock, and how to find its holder.
+@contextlib.contextmanager
+def _server_guard(
+    run: _Run, connection: sa.Connection, settings: _Settings
+) -> cabc.Generator[cabc.Callable[[], None]]:
+    if connection.dialect.name in _MYSQL:
+        autocommit = connection.exec_driver_sql("SELECT @@autocommit").scalar() == 1
+        connection.rollback()
+    else:
+        driver = connection.connection.dbapi_connection
+        autocommit = getattr(driver, "autocommit", False) is True
+
+    if autocommit:
+        # An engine in AUTOCOMMIT has no transaction that could be rolled back.
+        level = connection.default_isolation_level
+        connection.execution_options(isolation_level=level)
+
+    lock = _server_lock(run, connection, settings.migration_lock_timeout)
+    guard = lock if settings.migration_lock else contextlib.nullcontext()
+
+    with guard, _server_timeouts(connection, settings):
+        yield _nothing
+
+
+@contextlib.contextmanager
+def _server_lock(
+    run: _Run, connection: sa.Connection, timeout: float | None
+) -> cabc.Generator[None]:
+    """Hold the server's lock, at session level: a transaction would lose it.
 
     PostgreSQL's advisory locks belong to a database, MySQL's named locks to the server.
     """
     import hashlib
 
-    digest = hashlib.sha256(f"flask_alembic:{place}".encode()).digest()
-    key: int | str
+    schema = run.context.version_table_schema
+    schema = schema or connection.dialect.default_schema_name or ""
+    place = f"flask_alembic:{schema}.{run.context.version_table}"
+    digest = hashlib.sha256(place.encode()).hexdigest()
+    held = False
 
-    if kind == "postgresql":
-        key = int.from_bytes(digest[:8], signed=True)
-        take = "SELECT pg_try_advisory_lock(CAST(:key AS bigint))"
-        release = "SELECT pg_advisory_unlock(CAST(:key AS bigint))"
-        advice = (
-            "SELECT a.* FROM pg_locks l JOIN pg_stat_activity a USING (pid)"
-            " WHERE l.locktype = 'advisory' AND l.granted"
-        )
+    if connection.dialect.name == "postgresql":
+        key = int(digest[:15], 16)
+        take = f"SELECT pg_try_advisory_lock({key})"
+        release = f"SELECT pg_advisory_unlock({key})"
+        advice = "SELECT pid FROM pg_locks WHERE locktype = 'advisory' AND granted"
     else:
         # At most 64 characters, and compared without case.
-        key = f"flask_alembic:{digest.hex()[:40]}"
-        take, release = "SELECT GET_LOCK(:key, 0)", "SELECT RELEASE_LOCK(:key)"
-        holder = f"IS_USED_LOCK('{key}')"
-        advice = f"SELECT * FROM information_schema.processlist WHERE id = {holder}"
-
-    take_it, release_it = (sa.text(x).bindparams(key=key) for x in (take, release))
-    return take_it, release_it, advice
-
-
-@contextlib.contextmanager
-def _server_lock(
-    name: str, connection: sa.Connection, place: str, settings: _Settings
-) -> cabc.Generator[None]:
-    """Hold the server's lock, at session level: a transaction would lose it."""
-    kind = connection.dialect.name
-    take, release, advice = _lock_statements(kind, place)
-    held = True
+        lock = f"'flask_alembic:{digest[:40]}'"
+        take, release = f"SELECT GET_LOCK({lock}, 0)", f"SELECT RELEASE_LOCK({lock})"
+        advice = f"SELECT IS_USED_LOCK({lock})"
 
     def attempt() -> bool:
+        nonlocal held
+        held = True  # for an interrupt that comes just after the lock did
+
         try:
-            return bool(connection.scalar(take))
+            held = bool(connection.exec_driver_sql(take).scalar())
+            return held
         finally:
             connection.rollback()
 
     try:
-        _wait(name, settings.migration_lock_timeout, attempt, advice)
-    except exc.DBAPIError as error:
-        # Servers that speak PostgreSQL's protocol may lack the function (42883) or
-        # refuse it (0A000): CockroachDB, YugabyteDB, Redshift.
-        code = getattr(error.orig, "sqlstate", None) or getattr(error.orig, "pgcode", 0)
+        try:
+            _wait(run.name, timeout, attempt, advice)
+        except exc.DBAPIError as error:
+            # Servers that speak PostgreSQL's protocol may lack the function (42883) or
+            # refuse it (0A000): CockroachDB, YugabyteDB, Redshift.
+            code = getattr(error.orig, "sqlstate", None)
+            code = code or getattr(error.orig, "pgcode", None)
 
-        if kind != "postgresql" or code not in ("42883", "0A000"):
-            raise
+            if code not in ("42883", "0A000"):
+                raise
 
-        held = False
-        _logger.info("Database '%s' has no advisory locks: migrating without.", name)
-    except Exception:
-        raise
-    except BaseException:
-        # An interrupt may have come just after the lock did.
-        connection.invalidate()
-        raise
+            held = False
+            text = "Database '%s' has no advisory locks: migrating without."
+            _logger.info(text, run.name)
 
-    try:
         yield
     finally:
         if held:
-            _restore(connection, lambda: connection.scalar(release))
+            _restore(connection, lambda: connection.exec_driver_sql(release).scalar())
 
 
 def _restore(connection: sa.Connection, action: cabc.Callable[[], t.Any]) -> None:
@@ -2629,11 +2521,11 @@ def _restore(connection: sa.Connection, action: cabc.Callable[[], t.Any]) -> Non
         if not connection.invalidated:
             action()
             connection.commit()
-    except exc.DBAPIError:
+    except BaseException as error:
         connection.invalidate()
-    except BaseException:
-        connection.invalidate()
-        raise
+
+        if not isinstance(error, exc.DBAPIError):
+            raise
 
 
 @contextlib.contextmanager
@@ -2641,20 +2533,40 @@ def _server_timeouts(
     connection: sa.Connection, settings: _Settings
 ) -> cabc.Generator[None]:
     """Set the session's timeouts, and what they were before afterwards."""
-    show, change = "SELECT @@SESSION.{}", "SET SESSION {} = {}"
+    import math
+
+    # A 0 would switch a timeout off.
+    lock, statement = (
+        None if seconds is None else max(1, math.ceil(seconds * 1000))
+        for seconds in (settings.lock_timeout, settings.statement_timeout)
+    )
+    wanted: dict[str, t.Any]
 
     if connection.dialect.name == "postgresql":
         # It shows a value with its unit.
         show, change = "SHOW {}", "SET SESSION {} = '{}'"
+        wanted = {"lock_timeout": lock, "statement_timeout": statement}
+    else:
+        show, change = "SELECT @@SESSION.{}", "SET SESSION {} = {}"
+        # Whole seconds: for tables, and for rows.
+        whole = lock and math.ceil(lock / 1000)
+        wanted = {"lock_wait_timeout": whole, "innodb_lock_wait_timeout": whole}
+
+        if getattr(connection.dialect, "is_mariadb", False):
+            wanted["max_statement_time"] = statement and statement / 1000
+        else:
+            # MySQL knows a limit for SELECT only.
+            wanted["max_execution_time"] = statement
+
+    former = {
+        key: connection.exec_driver_sql(show.format(key)).scalar()
+        for key, value in wanted.items()
+        if value is not None
+    }
 
     def set_all(values: dict[str, t.Any]) -> None:
-        for key, value in values.items():
-            connection.exec_driver_sql(change.format(key, value))
-
-    wanted = _timeout_values(connection.dialect, settings)
-    former = {
-        key: connection.exec_driver_sql(show.format(key)).scalar() for key in wanted
-    }
+        for key in former:
+            connection.exec_driver_sql(change.format(key, values[key]))
 
     try:
         set_all(wanted)
@@ -2665,41 +2577,22 @@ def _server_timeouts(
             _restore(connection, lambda: set_all(former))
 
 
-def _timeout_values(dialect: sa.Dialect, settings: _Settings) -> dict[str, t.Any]:
-    """The session's variables to set. A 0 would switch a timeout off."""
-    import math
-
-    lock, statement = (
-        None if seconds is None else max(1, math.ceil(seconds * 1000))
-        for seconds in (settings.lock_timeout, settings.statement_timeout)
-    )
-    found: dict[str, t.Any]
-
-    if dialect.name == "postgresql":
-        found = {"lock_timeout": lock, "statement_timeout": statement}
-    else:
-        # Whole seconds: for tables, and for rows.
-        whole = lock and math.ceil(lock / 1000)
-        found = {"lock_wait_timeout": whole, "innodb_lock_wait_timeout": whole}
-
-        if getattr(dialect, "is_mariadb", False):
-            found["max_statement_time"] = statement and statement / 1000
-        else:
-            # MySQL knows a limit for SELECT only.
-            found["max_execution_time"] = statement
-
-    return {key: value for key, value in found.items() if value is not None}
-
-
 @contextlib.contextmanager
 def _sqlite_guard(
     name: str, connection: sa.Connection, settings: _Settings, atomic: bool
-) -> cabc.Generator[None]:
-    """Make SQLite's transaction cover DDL; its ``BEGIN IMMEDIATE`` is the lock."""
+) -> cabc.Generator[cabc.Callable[[], None]]:
+    """Make SQLite's transaction cover DDL; its ``BEGIN IMMEDIATE`` is the lock.
+
+    A batch operation drops the original table, which would delete its children where
+    foreign keys are enforced. The pragma is ignored inside a transaction, so it is
+    switched off before, and each commit checks the keys.
+    """
     driver: t.Any = connection.connection.dbapi_connection
     _refuse_transaction(name, connection.connection.driver_connection)
     mode, level = getattr(driver, "autocommit", -1), driver.isolation_level
     cursor = driver.cursor()
+    enforced = False
+    orphans: t.Counter[str] | None = None
     advice = "ask the system which process has the database's file open (fuser, lsof)"
 
     def is_autocommit() -> bool:
@@ -2717,30 +2610,47 @@ def _sqlite_guard(
         return True
 
     def begin(_: sa.Connection) -> None:
-        if is_autocommit():
-            return  # an autocommit_block()
+        nonlocal orphans
 
-        # The end of an autocommit_block() gives the driver its own transactions back.
-        driver.isolation_level = None
+        if atomic and not is_autocommit():  # as in an autocommit_block()
+            # The end of an autocommit_block() gives the driver its own transactions
+            # back.
+            driver.isolation_level = None
 
-        if not settings.migration_lock:
-            cursor.execute("BEGIN")
-            return
+            if settings.migration_lock:
+                patience = _pragma(cursor, "busy_timeout")
+                _pragma(cursor, "busy_timeout = 0")
 
-        patience = _pragma(cursor, "busy_timeout")
-        _pragma(cursor, "busy_timeout = 0")
+                try:
+                    _wait(name, settings.migration_lock_timeout, try_begin, advice)
+                finally:
+                    _pragma(cursor, f"busy_timeout = {patience}")
+            else:
+                cursor.execute("BEGIN")
 
-        try:
-            _wait(name, settings.migration_lock_timeout, try_begin, advice)
-        finally:
-            _pragma(cursor, f"busy_timeout = {patience}")
+        if enforced and orphans is None:
+            # Not sooner: another process that writes much keeps even readers out.
+            orphans = _orphans(cursor)
 
     def execute(*args: t.Any) -> tuple[str, t.Any]:
         # SQLAlchemy's recipe for SQLite has a listener of the engine emit BEGIN.
-        begins = args[2].lstrip()[:5].upper() == "BEGIN"
+        begins = atomic and args[2].lstrip()[:5].upper() == "BEGIN"
         return ("SELECT 1" if begins else args[2]), args[3]
 
-    listeners: dict[str, t.Any] = {"begin": begin, "before_cursor_execute": execute}
+    def check() -> None:
+        nonlocal orphans
+
+        if orphans is not None:
+            _refuse_orphans(name, orphans, _orphans(cursor))
+            orphans = None  # until the next transaction begins
+
+    def commit(_: sa.Connection) -> None:
+        try:
+            check()
+        except FlaskAlembicError:
+            # SQLAlchemy has given up its transaction already when this raises.
+            driver.rollback()
+            raise
 
     try:
         if mode != -1:
@@ -2752,93 +2662,28 @@ def _sqlite_guard(
         if is_autocommit():
             connection.execution_options(isolation_level="SERIALIZABLE")
 
-        with _listening(connection, **(listeners if atomic else {})):
-            yield
+        if enforced := bool(_pragma(cursor, "foreign_keys")):
+            _pragma(cursor, "foreign_keys = OFF")
+
+        with _listening(
+            connection, begin=begin, commit=commit, before_cursor_execute=execute
+        ):
+            yield check
     finally:
         connection.rollback()
 
         # After Ctrl-C inside a statement, the connection is closed: nothing to restore.
         if not connection.invalidated:
             driver.rollback()
+
+            if enforced:
+                _pragma(cursor, "foreign_keys = ON")
+
             driver.isolation_level = level
             cursor.close()
 
             if mode != -1:
                 driver.autocommit = mode
-
-
-@contextlib.contextmanager
-def _sqlite_keys(
-    name: str, connection: sa.Connection
-) -> cabc.Generator[cabc.Callable[[], None]]:
-    """Keep batch operations from cascading where foreign keys are enforced.
-
-    Dropping the original table would delete its children; the pragma is ignored inside
-    a transaction, so it is switched off before, and each commit checks the keys.
-    """
-    driver: t.Any = connection.connection.dbapi_connection
-    cursor = driver.cursor()
-    before: list[t.Counter[str] | None] = []
-    checked = False
-
-    if not _pragma(cursor, "foreign_keys"):
-        yield lambda: None
-        return
-
-    def begin(_: sa.Connection) -> None:
-        nonlocal checked
-        checked = False
-
-        if not before:
-            # Not sooner: another process that writes much keeps even readers out.
-            before.append(_orphans(cursor))
-
-    def check() -> None:
-        nonlocal checked
-
-        if checked or not before or before[0] is None:
-            return
-
-        now = _orphans(cursor)
-        cursor.execute("SELECT name FROM sqlite_master WHERE type = 'table'")
-        tables = {row[0] for row in cursor.fetchall()}
-        renamed = sum(n for table, n in before[0].items() if table not in tables)
-        refused = "It was not committed: the application enforces foreign keys."
-
-        if now is None:
-            raise FlaskAlembicError(
-                f"The migration would leave a foreign key in database '{name}' that"
-                f" refers to columns which are not unique. {refused}"
-            )
-
-        if (added := now - before[0]).total() > renamed:
-            raise FlaskAlembicError(
-                f"The migration would leave rows in {_quoted(added)} of database"
-                f" '{name}' that refer to rows which do not exist. {refused}"
-            )
-
-        checked = True
-
-    def commit(_: sa.Connection) -> None:
-        try:
-            check()
-        except FlaskAlembicError:
-            # SQLAlchemy has given up its transaction already when this raises.
-            driver.rollback()
-            raise
-
-    try:
-        _pragma(cursor, "foreign_keys = OFF")
-
-        with _listening(connection, begin=begin, commit=commit):
-            yield check
-    finally:
-        connection.rollback()
-
-        if not connection.invalidated:
-            driver.rollback()
-            _pragma(cursor, "foreign_keys = ON")
-            cursor.close()
 
 
 def _pragma(cursor: t.Any, text: str) -> t.Any:
@@ -2854,11 +2699,28 @@ def _orphans(cursor: t.Any) -> t.Counter[str] | None:
         cursor.execute("PRAGMA foreign_key_check")
     except Exception as error:
         if "foreign key mismatch" in str(error):
-            return None  # a key on columns that are not unique, there before us
+            return None  # a key on columns that are not unique
 
         raise
 
     return Counter(row[0] for row in cursor.fetchall())
+
+
+def _refuse_orphans(
+    name: str, before: t.Counter[str], now: t.Counter[str] | None
+) -> None:
+    """Refuse a transaction that adds rows which refer to nothing."""
+    if now is None:
+        what = "a foreign key that refers to columns which are not unique"
+    elif added := now - before:
+        what = f"rows in {_quoted(added)} that refer to rows which do not exist"
+    else:
+        return
+
+    raise FlaskAlembicError(
+        f"The migration would leave {what}. It was not committed: the application"
+        f" enforces foreign keys in database '{name}'."
+    )
 
 
 # -- Autogenerate ----------------------------------------------------------------------
