@@ -1051,10 +1051,9 @@ _scopes: t.Final[ContextVar[tuple[_Scope, ...]]] = ContextVar(
 class _Settings(t.NamedTuple):
     """``app.config["ALEMBIC"]``, checked and cast."""
 
-    #: Absolute path of the migrations folder.
     script_location: str
     #: Branch (or none) and absolute path of each version location.
-    branches: tuple[tuple[str | None, str], ...]
+    branches: list[tuple[str | None, str]]
     #: Where to resolve further relative paths.
     root: str
     #: Sections of ``alembic.ini``, the main one under ``""``; ready for ConfigParser.
@@ -1063,7 +1062,7 @@ class _Settings(t.NamedTuple):
     migration_lock_timeout: float | None
     lock_timeout: float | None
     statement_timeout: float | None
-    exclude_tables: tuple[str, ...]
+    exclude_tables: cabc.Sequence[str]
 
     @property
     def locations(self) -> list[str]:
@@ -1085,6 +1084,25 @@ _OWN_DEFAULTS: t.Final[dict[str, t.Any]] = {
     "exclude_tables": [],
 }
 _JOINTS: t.Final = {"space": " ", "newline": "\n", "os": os.pathsep, ":": ":", ";": ";"}
+#: The options over which Alembic would stumble late, or of which it would say nothing.
+_OPTION_KINDS: t.Final[dict[str, t.Any]] = {
+    "version_table": str,
+    "version_table_schema": str | None,
+    "on_version_apply": cabc.Callable,
+    **dict.fromkeys(("include_name", "include_object"), cabc.Callable | None),
+    **dict.fromkeys(
+        ("process_revision_directives", "render_item"), cabc.Callable | None
+    ),
+    **dict.fromkeys(
+        ("compare_type", "compare_server_default"), cabc.Callable | bool | None
+    ),
+}
+#: What ``configure`` takes without naming it, and what it names that is ours to give.
+_UNNAMED: t.Final = (
+    *("version_table", "version_table_schema", "version_table_pk"),
+    *("mssql_batch_separator", "oracle_batch_separator"),
+)
+_OURS: t.Final = {"self", "kw", "connection", "url"}
 
 
 def _bad_value(key: str, value: t.Any, expected: str) -> FlaskAlembicError:
@@ -1108,73 +1126,66 @@ def _read_settings(app: Flask) -> _Settings:
     """Read, check and cast ``app.config["ALEMBIC"]``: the only place that does."""
     options = dict(_config_dict(app, "ALEMBIC"))
     own = {key: options.pop(key, default) for key, default in _OWN_DEFAULTS.items()}
+    _check_own(own)
     _refuse_misspelt(options)
-
-    for key in ("migration_lock_timeout", "lock_timeout", "statement_timeout"):
-        value = own[key]
-        good = isinstance(value, int | float | None) and not isinstance(value, bool)
-
-        if not good or not 0 <= (value or 0) < 10**9:
-            raise _bad_value(key, value, "a number of seconds, or None")
-
-    if not isinstance(own["migration_lock"], bool):
-        raise _bad_value("migration_lock", own["migration_lock"], "True or False")
-
-    globs = own["exclude_tables"]
-
-    if not isinstance(globs, list | tuple) or any(
-        not isinstance(x, str) for x in globs
-    ):
-        raise _bad_value("exclude_tables", globs, "a list of globs")
-
-    separator = options.get("path_separator", "os")
+    separator = options.pop("path_separator", "os")
 
     if separator not in [*_JOINTS]:
         raise _bad_value("path_separator", separator, f"one of {_quoted(_JOINTS)}")
 
     joint = _JOINTS[separator]
-    location = options.pop("script_location", None)
-    further = options.pop("version_locations", None)
+    location = options.pop("script_location", None) or "migrations"
     root = os.path.abspath(app.root_path)
-    home = _folder(root, location or "migrations", "script_location")
+    home = _folder(root, location, "script_location")
 
-    if location in (None, "migrations") and not os.path.isdir(home):
+    if location == "migrations" and not os.path.isdir(home):
         # Flask-Migrate's folder is where its commands ran: beside the package.
         beside = os.path.join(os.path.dirname(root), "migrations")
+        home = beside if _is_nested(beside) else home
 
-        if os.path.isfile(os.path.join(beside, "env.py")) and _is_nested(beside):
-            home = beside
-
+    further = options.pop("version_locations", None)
     branches = _version_locations(root, home, further, joint)
     folders = dict.fromkeys(path for _, path in branches)
 
     if any(joint in path for path in folders):
-        raise FlaskAlembicError(
-            f"A folder of {_quoted(folders)} contains the separator of paths: set"
-            " ALEMBIC['path_separator'] to another one, such as 'newline'."
-        )
+        raise _bad_value("path_separator", separator, "one that is in no folder's name")
 
-    # These two are literal paths: a percent sign in them stands for itself.
-    places = {"script_location": home, "version_locations": joint.join(folders)}
-    main = {key: value.replace("%", "%%") for key, value in places.items()}
-    sections = {"": main}
-    known = "|".join(map(re.escape, {*options, *main, "here"}))
-    # A doubled sign, or one that does not begin a reference to another key.
-    sign = re.compile(rf"%(?:%|(?!\((?:{known})\)s))")
+    places = {
+        "script_location": home,
+        "version_locations": joint.join(folders),
+        "path_separator": separator,
+    }
+    # These are literal paths: a percent sign in them stands for itself.
+    sections = {"": {key: path.replace("%", "%%") for key, path in places.items()}}
 
     for key, value in options.items():
-        if isinstance(value, dict):
-            sections[key] = {
-                f"{name}": _cast(f"{key}']['{name}", each, sign, ", ")
-                for name, each in value.items()
-                if each is not None
-            }
-        elif value is not None:
-            is_path = key == "prepend_sys_path"
-            main[key] = _cast(key, value, sign, joint if is_path else ", ")
+        name, items = (key, value) if isinstance(value, dict) else ("", {key: value})
+        section = sections.setdefault(name, {})
 
-    own["exclude_tables"] = tuple(globs)
+        for option, each in items.items():
+            if each is not None:
+                label = f"{key}']['{option}" if name else key
+                between = joint if option == "prepend_sys_path" else ", "
+                section[str(option)] = _cast(label, each, between)
+
     return _Settings(home, branches, root, sections, **own)
+
+
+def _check_own(own: dict[str, t.Any]) -> None:
+    for key, value in own.items():
+        if key == "migration_lock":
+            good, expected = isinstance(value, bool), "True or False"
+        elif key == "exclude_tables":
+            good = isinstance(value, list | tuple)
+            good = good and all(isinstance(each, str) for each in value)
+            expected = "a list of globs"
+        else:
+            # A bool is an int.
+            good = value is None or (type(value) in (int, float) and 0 <= value < 10**9)
+            expected = "a number of seconds, or None"
+
+        if not good:
+            raise _bad_value(key, value, expected)
 
 
 def _refuse_misspelt(options: cabc.Iterable[str]) -> None:
@@ -1189,54 +1200,53 @@ def _refuse_misspelt(options: cabc.Iterable[str]) -> None:
                 )
 
 
-def _cast(key: str, value: t.Any, sign: re.Pattern[str], joint: str) -> str:
+def _cast(key: str, value: t.Any, joint: str) -> str:
     """A value as ConfigParser takes it: a string whose percent signs are doubled."""
     if isinstance(value, bool):
         return str(value).lower()
 
     if isinstance(value, list | tuple):
-        return joint.join(_cast(key, each, sign, joint) for each in value)
+        return joint.join(_cast(key, each, joint) for each in value)
 
     if not isinstance(value, (str, int, os.PathLike)):
         raise _bad_value(key, value, "a str, int, bool, Path or list of them")
 
-    return sign.sub("%%", str(value if isinstance(value, int) else os.fspath(value)))
+    return re.sub("%%?", "%%", str(value))
 
 
 def _folder(root: str, value: t.Any, key: str) -> str:
     """The absolute path of a folder, given as a path or as ``package:folder``."""
-    path = os.fspath(value) if isinstance(value, (str, os.PathLike)) else None
-
-    if not path or not isinstance(path, str):
-        raise _bad_value(key, value, "a path")
-
+    path = str(value) if isinstance(value, (str, os.PathLike)) else ""
     path = path.replace("%%", "%")  # as ConfigParser has it
     package, colon, rest = path.partition(":")
 
-    if not colon or os.path.isabs(path) or not package.replace(".", "").isidentifier():
-        return os.path.normpath(os.path.join(root, path))
+    if not path:
+        raise _bad_value(key, value, "a path")
 
-    import importlib.util
+    if colon and not os.path.isabs(path) and package.replace(".", "").isidentifier():
+        import importlib.util
 
-    try:
-        spec = importlib.util.find_spec(package)
-    except (ImportError, ValueError):
         spec = None
 
-    if spec is None or not spec.submodule_search_locations:
-        raise _bad_value(key, value, f"a path; there is no package '{package}'")
+        with contextlib.suppress(ImportError, ValueError):
+            spec = importlib.util.find_spec(package)
 
-    return os.path.normpath(os.path.join(spec.submodule_search_locations[0], rest))
+        if spec is None or not spec.submodule_search_locations:
+            raise _bad_value(key, value, f"a path; there is no package '{package}'")
+
+        root, path = spec.submodule_search_locations[0], rest
+
+    return os.path.normpath(os.path.join(root, path))
 
 
 def _version_locations(
     root: str, home: str, value: t.Any, joint: str
-) -> tuple[tuple[str | None, str], ...]:
+) -> list[tuple[str | None, str]]:
     """The version locations: the migrations folder, then those that are configured."""
     key = "version_locations"
 
     if isinstance(value, str):
-        value = [each.strip() for each in value.split(joint) if each.strip()]
+        value = [*filter(None, map(str.strip, value.split(joint)))]
 
     if not isinstance(value, list | tuple | None):
         raise _bad_value(key, value, "a list of paths and (branch, path) pairs")
@@ -1247,14 +1257,13 @@ def _version_locations(
     found: list[tuple[str | None, str]] = [(None, own)]
 
     for item in value or ():
-        pair = item if isinstance(item, list | tuple) else ("", item)
+        match item:
+            case [str(branch), path]:
+                found.append((branch, _folder(root, path, key)))
+            case _:
+                found.append((None, _folder(root, item, key)))
 
-        if len(pair) != 2 or not isinstance(pair[0], str):
-            raise _bad_value(key, item, "a path or a (branch, path) pair")
-
-        found.append((pair[0] or None, _folder(root, pair[1], key)))
-
-    return tuple(found)
+    return found
 
 
 def _is_nested(home: str) -> bool:
@@ -1266,6 +1275,23 @@ def _is_nested(home: str) -> bool:
     return files <= {"__init__.py"} or "env.py" in files
 
 
+def _time_zone(name: str) -> None:
+    from zoneinfo import ZoneInfo
+
+    try:
+        ZoneInfo(name)
+    except KeyError:
+        ZoneInfo(name.upper())  # as Alembic does
+
+
+#: What fails for a value that Alembic would stumble over when it writes a file.
+_TRIALS: t.Final[dict[str, cabc.Callable[[str], t.Any]]] = {
+    "truncate_slug_length": int,
+    "output_encoding": "".encode,
+    "timezone": _time_zone,
+}
+
+
 def _alembic_config(settings: _Settings, names: cabc.Sequence[str]) -> Config:
     """Alembic's own configuration object, holding the settings."""
     from alembic.config import Config
@@ -1274,7 +1300,13 @@ def _alembic_config(settings: _Settings, names: cabc.Sequence[str]) -> Config:
 
     for section, options in settings.sections.items():
         for key, value in options.items():
-            config.set_section_option(section or config.config_ini_section, key, value)
+            try:
+                config.set_section_option(section or "alembic", key, value)
+                _TRIALS.get(f"{section}{key}", str)(value)
+            except (ValueError, LookupError) as error:
+                raise FlaskAlembicError(
+                    f"ALEMBIC['{section or key}'] cannot be used: {error}."
+                ) from error
 
     if len(names) > 1:
         # Alembic's template for several databases asks for it.
@@ -1300,14 +1332,23 @@ def _x_list(x: XArguments) -> list[str]:
     if isinstance(x, cabc.Mapping):
         return [f"{key}={value}" for key, value in x.items()]
 
-    return [x] if isinstance(x, str) else [*(x or ())]
+    return _as_list(x)
 
 
 def _own_options(name: str) -> dict[str, t.Any]:
     """The ``configure`` options of one database: the common ones, then its own."""
     options = dict(_config_dict(current_app, "ALEMBIC_CONTEXT"))
-    own = options.pop(name, None)
-    options |= own if isinstance(own, dict) else {}
+
+    if isinstance(options.get(name), dict):
+        options |= options.pop(name)
+
+    for key, value in options.items():
+        values = _as_list(value) if key == "on_version_apply" else [value]
+        kind = _OPTION_KINDS.get(key, object)
+
+        if not all(isinstance(each, kind) for each in values):
+            raise FlaskAlembicError(f"ALEMBIC_CONTEXT['{key}'] cannot be {value!r}.")
+
     # An empty schema, as from an environment variable, is none.
     return {k: v for k, v in options.items() if (k, v) != ("version_table_schema", "")}
 
@@ -1322,18 +1363,18 @@ def _options(
 
     targets = extension._scope().base.targets(extension)
     options = _own_options(name)
-    parameters = inspect.signature(EnvironmentContext.configure).parameters
+    named = inspect.signature(EnvironmentContext.configure).parameters
+    known = {*named, *_UNNAMED} - _OURS
 
-    # The other databases' own options: dicts that 'configure' does not know.
     for key, value in [*options.items()]:
-        if isinstance(value, dict) and key not in parameters:
-            if key not in targets and key not in extension.engines:
-                raise FlaskAlembicError(
-                    f"ALEMBIC_CONTEXT has options for '{key}', which is no database:"
-                    f" there are {_quoted(targets)}."
-                )
-
-            del options[key]
+        if isinstance(value, dict) and (key in targets or key in extension.engines):
+            del options[key]  # another database's own
+        elif key not in known:
+            raise FlaskAlembicError(
+                f"ALEMBIC_CONTEXT has '{key}', which is neither an option of Alembic's"
+                " 'configure' that you can set, nor a database: there are"
+                f" {_quoted(targets)}."
+            )
 
     if targets[name].engine.dialect.name == "sqlite":
         # SQLite can alter little in place, and does roll DDL back when it is asked to.

@@ -1889,6 +1889,90 @@ def test_wrong_key_or_value(app: Flask, key: object, value: object) -> None:
             extension.upgrade()
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("truncate_slug_length", "abc"),
+        ("output_encoding", "nope"),
+        ("timezone", "No/Where"),
+        ("timezone", "../x"),
+        ("DEFAULT", {"key": "value"}),
+    ],
+)
+def test_value_that_alembic_cannot_use(app: Flask, key: str, value: object) -> None:
+    """The key is named, and no file is written."""
+    app.config["ALEMBIC"] = {key: value}
+    extension = build_sqlite(app)
+
+    with app.app_context(), pytest.raises(FlaskAlembicError, match=rf"'{key}'"):
+        extension.revision("x", empty=True)
+
+    assert files(app) == set()
+
+
+@pytest.mark.parametrize("zone", ["utc", "Europe/Berlin"])
+def test_time_zone_is_found_as_alembic_finds_it(app: Flask, zone: str) -> None:
+    app.config["ALEMBIC"] = {"timezone": zone}
+    extension = build_sqlite(app)
+
+    with app.app_context():
+        assert len(extension.revision("x", empty=True)) == 1
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("version_table", 5),
+        ("version_table", None),
+        ("version_table_schema", 5),
+        ("connection", None),
+        ("url", "sqlite://"),
+        ("as_sql", True),
+        ("include_object", "mine"),
+        ("include_name", True),
+        ("render_item", 5),
+        ("process_revision_directives", []),
+        ("on_version_apply", [5]),
+        ("compare_type", "no"),
+        ("compare_typo", True),
+        ("adit", {"version_table": "other"}),
+    ],
+)
+def test_wrong_context_option(
+    app: Flask, metadata: sa.MetaData, key: str, value: object
+) -> None:
+    """It is named before anything is run or written."""
+    write_history(app, "aa")
+    app.config["ALEMBIC_CONTEXT"] = {key: value}
+    extension = build_sqlite(app, metadata)
+
+    with app.app_context():
+        for call in (extension.upgrade, extension.upgrade_sql, extension.revision):
+            with pytest.raises(FlaskAlembicError, match=f"ALEMBIC_CONTEXT.*'{key}'"):
+                call()
+
+    result = app.test_cli_runner().invoke(args=["db", "upgrade"])
+    assert result.exit_code == 1
+    assert result.output.startswith("Error: ALEMBIC_CONTEXT")
+    assert table_names(sqlite_file(app)) == set()
+
+
+def test_context_options_that_configure_does_not_name(app: Flask) -> None:
+    app.config["ALEMBIC_CONTEXT"] = {
+        "version_table": "mine",
+        "version_table_pk": False,
+        "mssql_batch_separator": "GO",
+        "on_version_apply": [lambda **kwargs: None],
+    }
+    write_history(app, "aa")
+    extension = build_sqlite(app)
+
+    with app.app_context():
+        assert ids(extension.upgrade()) == ["aa"]
+
+    assert table_names(sqlite_file(app)) == {"mine"}
+
+
 @pytest.mark.parametrize("key", ["script_location", "version_locations", "colour"])
 def test_none_is_as_if_left_out(app: Flask, tmp_path: pathlib.Path, key: str) -> None:
     app.config["ALEMBIC"] = {key: None}
