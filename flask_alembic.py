@@ -176,9 +176,6 @@ class MigrationLockTimeout(FlaskAlembicError):
         self.database = database
         self.seconds = seconds
 
-    def __reduce__(self) -> tuple[t.Any, ...]:
-        return RuntimeError.__new__, (type(self), *self.args), self.__dict__
-
 
 #: Key in an exception's ``__dict__``: ``"revision"`` when a revision's own code raised
 #: it, ``"connect"`` when the database could not be reached. Types alone do not tell.
@@ -259,7 +256,7 @@ class Alembic:
         :raises FlaskAlembicError: If ``ALEMBIC`` or ``ALEMBIC_CONTEXT`` cannot be used.
         """
         app.extensions["alembic"] = self
-        self._caches[app] = _Cache(self)
+        self._caches[app] = _Cache()
         options = _config_dict(app, "ALEMBIC")
         options.setdefault("script_location", "migrations")
         options.setdefault("version_locations", [])
@@ -396,8 +393,7 @@ class Alembic:
                 shutil.copyfile(source, template)
         except OSError as error:
             raise FlaskAlembicError(
-                f"Cannot make the migrations folder '{settings.script_location}':"
-                f" {error.strerror or error} ('{error.filename}')."
+                f"Cannot make the folder '{settings.script_location}': {error}."
             ) from error
 
     def rev_id(self) -> str:
@@ -441,16 +437,15 @@ class Alembic:
         :raises FlaskAlembicError: If no models were imported, or the template is
             missing or made for another number of databases.
         """
-        script = self.script_directory
-        self._check_template()
+        script, settings = self.script_directory, self._get_cache().settings
         arguments = {
             "message": message,
             "autogenerate": not empty,
             "splice": splice,
             "depends_on": None if depend is None else _identifiers(depend),
-            **_place(self._get_cache().settings, script, branch, parent, label, path),
+            **_place(settings, script, branch, parent, label, path),
         }
-        return self._write(script, arguments, rev_id, database=database, x=x)
+        return self._write(script, rev_id, arguments, database=database, x=x)
 
     def merge(
         self,
@@ -471,11 +466,8 @@ class Alembic:
         :raises CommandError: If there are fewer than two, or a label is taken.
         """
         script = self.script_directory
-        self._check_template()
         labels = {x for each in script.walk_revisions() for x in each.branch_labels}
-
         _refuse_labels(script, _as_list(label))
-
         names = _as_list(_identifiers(revisions))
         wanted = [f"{name}@head" if name in labels else name for name in names]
         found = [s.revision for name in wanted for s in _scripts(script, name)]
@@ -496,7 +488,7 @@ class Alembic:
             "version_path": None,
             "depends_on": None,
         }
-        return self._write(script, arguments, rev_id)[0]
+        return self._write(script, rev_id, arguments)[0]
 
     def upgrade(
         self, target: RevisionTarget = "heads", **options: t.Unpack[RunOptions]
@@ -509,7 +501,7 @@ class Alembic:
         :raises CommandError: If the target, or an id in a database, is unknown.
         :raises MigrationLockTimeout: If another process holds the lock for too long.
         """
-        return self._migrate(_Steps(self, "upgrade", target), **options)
+        return self._migrate("upgrade", target, **options)
 
     def downgrade(
         self, target: RevisionTarget = -1, **options: t.Unpack[RunOptions]
@@ -520,7 +512,7 @@ class Alembic:
             down.
         :return: The revisions that were taken back, in order.
         """
-        return self._migrate(_Steps(self, "downgrade", target), **options)
+        return self._migrate("downgrade", target, **options)
 
     def stamp(
         self,
@@ -535,16 +527,11 @@ class Alembic:
         :param purge: Empty the version tables first, whatever they hold.
         :return: The revisions that are current now.
         """
-
-        def work(scope: _Scope) -> tuple[Script, ...]:
-            self.run_migrations(_Steps(self, "stamp", target, purge=purge))
-            return self._current(scope)
-
-        return self._call(work, **options)
+        return tuple(self._migrate("stamp", target, purge, **options))
 
     def ensure_version(self, database: DatabaseNames = None) -> None:
         """Make the version tables that are missing. Raises as :meth:`upgrade`."""
-        self._migrate(_Steps(self, "ensure-version", "base"), database=database)
+        self._migrate("ensure-version", "base", database=database)
 
     def run_migrations(self, fn: StepFunction, **kwargs: t.Any) -> None:
         """Run steps on the databases: the one way of every migration.
@@ -583,13 +570,13 @@ class Alembic:
         :param start: Revision that the database has; ``current`` reads it there.
         :raises CommandError: If the range is none, or a revision needs a connection.
         """
-        return self._sql(_Steps(self, "upgrade", target, start=start), **options)
+        return self._sql("upgrade", target, start, **options)
 
     def downgrade_sql(
         self, target: RevisionTarget, start: str, **options: t.Unpack[RunOptions]
     ) -> dict[str, str]:
         """Make the SQL script of a downgrade. See :meth:`upgrade_sql`."""
-        return self._sql(_Steps(self, "downgrade", target, start=start), **options)
+        return self._sql("downgrade", target, start, **options)
 
     def stamp_sql(
         self,
@@ -598,11 +585,11 @@ class Alembic:
         **options: t.Unpack[RunOptions],
     ) -> dict[str, str]:
         """Make the SQL script of a stamp. See :meth:`upgrade_sql`."""
-        return self._sql(_Steps(self, "stamp", target, start=start), **options)
+        return self._sql("stamp", target, start, **options)
 
     def ensure_version_sql(self, database: DatabaseNames = None) -> dict[str, str]:
         """Make the SQL script that makes the version table. See :meth:`upgrade_sql`."""
-        return self._sql(_Steps(self, "ensure-version", "base"), database=database)
+        return self._sql("ensure-version", "base", database=database)
 
     # What only reads
 
@@ -680,8 +667,8 @@ class Alembic:
         steps = _Steps(self, "upgrade", "heads")
 
         def work(scope: _Scope) -> bool:
-            is_current = self._is_current(scope, steps)
-            return not is_current and any(_pending(self, steps).values())
+            current = self._is_current(scope, steps)
+            return not current and any(_pending(self, steps).values())
 
         return self._call(work, database=database)
 
@@ -737,8 +724,8 @@ class Alembic:
 
     def _scope(self) -> _Scope:
         """The innermost scope of this extension in this application context."""
-        bases: dict[Alembic, _Scope] = g.setdefault("_flask_alembic", {})
-        base = bases.setdefault(self, _Scope(None))
+        bases = g.setdefault("_flask_alembic", {})
+        base: _Scope = bases.setdefault(self, _Scope(None))
         return next((s for s in reversed(_scopes.get()) if s.base is base), base)
 
     def _close_context(self, error: BaseException | None = None) -> None:
@@ -767,34 +754,41 @@ class Alembic:
         is_async = any(target.is_async for target in chosen.values())
         return _in_loop(inside) if connects and is_async else inside()
 
-    def _migrate(self, steps: _Steps, **options: t.Unpack[RunOptions]) -> list[Script]:
-        """Run steps, and tell which revisions ran."""
+    def _migrate(
+        self, kind: t.Any, target: t.Any, purge: bool = False, **options: t.Any
+    ) -> list[Script]:
+        """Run steps, and tell which revisions ran, or are current after a stamp."""
+        steps = _Steps(self, kind, target, purge=purge)
 
         def work(scope: _Scope) -> list[Script]:
             if not self._is_current(scope, steps):
                 self.run_migrations(steps)
 
-            return list(scope.ran.values())
+            done = self._current(scope) if kind == "stamp" else scope.ran.values()
+            return list(done)
 
         return self._call(work, **options)
 
-    def _sql(self, steps: _Steps, **options: t.Unpack[RunOptions]) -> dict[str, str]:
+    def _sql(
+        self, kind: t.Any, target: t.Any, start: str = "base", **options: t.Any
+    ) -> dict[str, str]:
+        steps = _Steps(self, kind, target, start)
         live = steps.start == "current"
 
         def work(scope: _Scope) -> dict[str, str]:
-            rows = self._rows() if live else None
-            return _run_offline(self, scope, steps, rows)
+            return _run_offline(self, scope, steps, self._rows() if live else None)
 
         return self._call(work, live, **options)
 
     def _write(
         self,
         script: ScriptDirectory,
-        arguments: dict[str, t.Any],
         rev_id: str | None,
-        **options: t.Unpack[RunOptions],
+        arguments: dict[str, t.Any],
+        **options: t.Any,
     ) -> list[Script]:
         """Write revision files; databases are looked for only if one is needed."""
+        self._check_template()
         arguments |= {"sql": False, "rev_id": self._free_id(script, rev_id)}
         settings = self._get_cache().settings
 
@@ -821,8 +815,7 @@ class Alembic:
             is_main = name == ("default" if "default" in names else names[0])
             env = self.environment_context if is_main else self._new_environment(scope)
             connection = scope.connect(self, name)
-            options = _options(self, name, connection)
-            env.configure(connection=connection, **options)
+            env.configure(connection, **_options(self, name, connection))
             scope.contexts[name] = env.get_context()
 
         return scope.contexts[name]
@@ -850,12 +843,14 @@ class Alembic:
     def _is_current(self, scope: _Scope, steps: _Steps) -> bool:
         """Whether there is surely nothing to run, found without importing Alembic."""
         settings = self._get_cache().settings
-        names = ["config", "script_directory", "environment_context"]
-        names += ["migration_contexts", "run_migrations"]
+        names = "config script_directory environment_context migration_contexts"
 
         if (
             (steps.kind, steps.target) != ("upgrade", "heads")
-            or any(getattr(type(self), x) is not getattr(Alembic, x) for x in names)
+            or any(
+                getattr(type(self), name) is not getattr(Alembic, name)
+                for name in f"{names} run_migrations".split()
+            )
             or settings.is_on("sourceless")
             or settings.is_on("recursive_version_locations")
         ):
@@ -869,57 +864,43 @@ class Alembic:
         if not found[0] or any(rows != found[0] for rows in found):
             return False  # without a look at the files, which costs most
 
-        heads = _quick_heads(settings.locations)
-        return heads is not None and sorted(heads) == found[0]
+        return sorted(_quick_heads(settings.locations) or ()) == found[0]
 
     def _check_template(self) -> None:
         """Refuse a template that would write a file without its operations."""
         template = self._get_cache().settings.template
-        names = self._configured_names()
 
         if not os.path.isfile(template):
             raise FlaskAlembicError(f"'{template}' is missing: run 'flask db mkdir'.")
 
-        if len(names) < 2:
-            return
-
-        if bad := [name for name in names if not name.isidentifier()]:
-            raise FlaskAlembicError(
-                f"Names of several databases become names of functions; {_quoted(bad)}"
-                " cannot. Rename the keys of 'metadatas'."
-            )
-
-        with open(template, encoding="utf-8") as file:
-            if "_upgrades" not in file.read():
-                raise FlaskAlembicError(
-                    f"'{template}' writes revisions for one database, but there are"
-                    f" {len(names)}. Move it away, then run 'flask db mkdir'."
-                )
+        if len(self._configured_names()) > 1:
+            with open(template, encoding="utf-8") as file:
+                if "_upgrades" not in file.read():
+                    raise FlaskAlembicError(
+                        f"'{template}' is for one database, but there are several: move"
+                        " it away, then run 'flask db mkdir'."
+                    )
 
     def _free_id(self, script: ScriptDirectory, wanted: str | None) -> str:
-        """An id that no revision has."""
-        every = script.walk_revisions()
-        taken = {x for each in every for x in (each.revision, *each.branch_labels)}
-
-        if wanted in taken:
-            raise _command_error(f"There is a revision or branch '{wanted}' already.")
-
+        """An id that no revision or branch has."""
         if wanted is not None:
-            if wanted in _SYMBOLS or not re.fullmatch(r"\w[\w.]*", wanted):
+            _refuse_labels(script, [wanted])
+
+            if not re.fullmatch(r"\w[\w.]*", wanted):
                 raise _command_error(f"'{wanted}' cannot be a revision id.")
 
             return wanted
 
-        new = ""
+        every = script.walk_revisions()
+        taken = {x for each in every for x in (each.revision, *each.branch_labels)}
+        new = str(self.rev_id())
 
-        for _ in range(100):
-            new = str(self.rev_id())
-
-            while new.isdecimal() and new in taken:
-                new = str(int(new) + 1).zfill(len(new))
-
+        for _ in range(1000):
             if new not in taken:
                 return new
+
+            step = str(int(new) + 1).zfill(len(new)) if new.isdecimal() else None
+            new = step or str(self.rev_id())
 
         raise _command_error(f"'rev_id' makes only ids that are taken, as '{new}'.")
 
@@ -933,9 +914,8 @@ class Alembic:
 class _Cache:
     """What is kept for one application: its configuration and its revision files."""
 
-    def __init__(self, extension: Alembic) -> None:
+    def __init__(self) -> None:
         self.config: Config | None = None
-        self._extension = weakref.proxy(extension)
         self._settings: _Settings | None = None
         self._scripts: tuple[Config, t.Any, ScriptDirectory] | None = None
         self._lock = threading.RLock()
@@ -948,11 +928,9 @@ class _Cache:
     def clear(self) -> None:
         """Forget all, and give back what this application context holds open."""
         self.config = self._settings = self._scripts = None
-        scope: _Scope | None = self._extension._scope()
 
-        while scope:
+        for scope in (*g.get("_flask_alembic", {}).values(), *_scopes.get()):
             scope.close()
-            scope = scope.outer
 
     def load_scripts(self, config: Config) -> ScriptDirectory:
         """The revision files, read again when they have changed."""
@@ -1127,7 +1105,13 @@ def _read_settings(app: Flask) -> _Settings:
     options = dict(_config_dict(app, "ALEMBIC"))
     own = {key: options.pop(key, default) for key, default in _OWN_DEFAULTS.items()}
     _check_own(own)
-    _refuse_misspelt(options)
+
+    for key in options:
+        if re.search("_lock|_timeout|^exclude", key):
+            raise FlaskAlembicError(
+                f"ALEMBIC has an unknown key '{key}'; ours are {_quoted(own)}."
+            )
+
     separator = options.pop("path_separator", "os")
 
     if separator not in [*_JOINTS]:
@@ -1186,18 +1170,6 @@ def _check_own(own: dict[str, t.Any]) -> None:
 
         if not good:
             raise _bad_value(key, value, expected)
-
-
-def _refuse_misspelt(options: cabc.Iterable[str]) -> None:
-    """Refuse a key that is nearly one of ours: passed on, it would do nothing."""
-    for key in options:
-        if re.search("lock|timeout|exclude", key):
-            import difflib
-
-            for near in difflib.get_close_matches(key, _OWN_DEFAULTS, 1, 0.75):
-                raise FlaskAlembicError(
-                    f"ALEMBIC has an unknown key '{key}': did you mean '{near}'?"
-                )
 
 
 def _cast(key: str, value: t.Any, joint: str) -> str:
