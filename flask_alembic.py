@@ -281,10 +281,8 @@ class Alembic:
     def config(self) -> Config:
         """Alembic's configuration of the current application."""
         cache = self._get_cache()
-
-        if cache.config is None:
-            cache.config = _alembic_config(cache.settings, self._configured_names())
-
+        names = self._configured_names()
+        cache.config = cache.config or _alembic_config(cache.settings, names)
         return cache.config
 
     @property
@@ -300,10 +298,7 @@ class Alembic:
     def environment_context(self) -> EnvironmentContext:
         """Alembic's environment of the ``default`` or only database."""
         scope = self._scope()
-
-        if scope.environment is None:
-            scope.environment = self._new_environment(scope)
-
+        scope.environment = scope.environment or self._new_environment(scope)
         return scope.environment
 
     @property
@@ -399,8 +394,8 @@ class Alembic:
     def rev_id(self) -> str:
         """Make the id of a new revision: the time in UTC seconds.
 
-        Override or assign it for ids of another kind. An id that is taken is never
-        used: digits are counted up, others are asked for again.
+        Override or assign it for ids of another kind. Digits that are taken are counted
+        up; another id that is taken is refused.
         """
         return str(int(time.time()))
 
@@ -438,14 +433,26 @@ class Alembic:
             missing or made for another number of databases.
         """
         script, settings = self.script_directory, self._get_cache().settings
+        self._check_template()
         arguments = {
             "message": message,
             "autogenerate": not empty,
+            "sql": False,
+            "rev_id": self._free_id(script, rev_id),
             "splice": splice,
             "depends_on": None if depend is None else _identifiers(depend),
             **_place(settings, script, branch, parent, label, path),
         }
-        return self._write(script, rev_id, arguments, database=database, x=x)
+
+        def work(scope: _Scope) -> list[Script]:
+            return _generate(self, scope, script, arguments)
+
+        if not empty or settings.is_on("revision_environment"):
+            return self._call(work, database=database, x=x)
+
+        # No database is needed, and so none is looked for.
+        with _Scope(self._scope(), x=x) as scope:
+            return work(scope)
 
     def merge(
         self,
@@ -467,28 +474,27 @@ class Alembic:
         """
         script = self.script_directory
         labels = {x for each in script.walk_revisions() for x in each.branch_labels}
-        _refuse_labels(script, _as_list(label))
         names = _as_list(_identifiers(revisions))
         wanted = [f"{name}@head" if name in labels else name for name in names]
-        found = [s.revision for name in wanted for s in _scripts(script, name)]
-        heads = list(dict.fromkeys(found))
+        found = {s.revision: s for name in wanted for s in _scripts(script, name)}
 
-        if len(heads) < 2:
+        if len(found) < 2:
             raise _command_error(
                 "A merge needs at least two revisions; there is only"
-                f" {', '.join(heads) or 'none'}."
+                f" {', '.join(found) or 'none'}."
             )
 
-        arguments = {
-            "message": "merge" if message is None else message,
-            "autogenerate": False,
-            "head": heads,
-            "splice": splice,
-            "branch_label": _as_list(label) or None,
-            "version_path": None,
-            "depends_on": None,
-        }
-        return self._write(script, rev_id, arguments)[0]
+        folder = os.path.dirname(next(iter(found.values())).path)
+        [merged] = self.revision(
+            "merge" if message is None else message,
+            empty=True,
+            parent=[*found],
+            splice=splice,
+            label=label,
+            path=folder if folder in self._get_cache().settings.locations else None,
+            rev_id=rev_id,
+        )
+        return merged
 
     def upgrade(
         self, target: RevisionTarget = "heads", **options: t.Unpack[RunOptions]
@@ -780,27 +786,6 @@ class Alembic:
 
         return self._call(work, live, **options)
 
-    def _write(
-        self,
-        script: ScriptDirectory,
-        rev_id: str | None,
-        arguments: dict[str, t.Any],
-        **options: t.Any,
-    ) -> list[Script]:
-        """Write revision files; databases are looked for only if one is needed."""
-        self._check_template()
-        arguments |= {"sql": False, "rev_id": self._free_id(script, rev_id)}
-        settings = self._get_cache().settings
-
-        def work(scope: _Scope) -> list[Script]:
-            return _generate(self, scope, script, arguments)
-
-        if arguments["autogenerate"] or settings.is_on("revision_environment"):
-            return self._call(work, **options)
-
-        with _Scope(self._scope(), x=options.get("x")) as scope:
-            return work(scope)
-
     def _new_environment(self, scope: _Scope) -> EnvironmentContext:
         from alembic.runtime.environment import EnvironmentContext
 
@@ -883,26 +868,19 @@ class Alembic:
 
     def _free_id(self, script: ScriptDirectory, wanted: str | None) -> str:
         """An id that no revision or branch has."""
-        if wanted is not None:
-            _refuse_labels(script, [wanted])
-
-            if not re.fullmatch(r"\w[\w.]*", wanted):
-                raise _command_error(f"'{wanted}' cannot be a revision id.")
-
-            return wanted
-
         every = script.walk_revisions()
         taken = {x for each in every for x in (each.revision, *each.branch_labels)}
-        new = str(self.rev_id())
+        new = str(self.rev_id()) if wanted is None else wanted
 
-        for _ in range(1000):
-            if new not in taken:
-                return new
+        while wanted is None and new in taken and new.isdecimal():
+            new = str(int(new) + 1).zfill(len(new))
 
-            step = str(int(new) + 1).zfill(len(new)) if new.isdecimal() else None
-            new = step or str(self.rev_id())
+        _refuse_labels(script, [new])
 
-        raise _command_error(f"'rev_id' makes only ids that are taken, as '{new}'.")
+        if not re.fullmatch(r"\w[\w.]*", new):
+            raise _command_error(f"'{new}' cannot be a revision id.")
+
+        return new
 
 
 # -- State -----------------------------------------------------------------------------
@@ -914,11 +892,9 @@ class Alembic:
 class _Cache:
     """What is kept for one application: its configuration and its revision files."""
 
-    def __init__(self) -> None:
-        self.config: Config | None = None
-        self._settings: _Settings | None = None
-        self._scripts: tuple[Config, t.Any, ScriptDirectory] | None = None
-        self._lock = threading.RLock()
+    config: Config | None = None
+    _settings: _Settings | None = None
+    _scripts: tuple[Config, t.Any, ScriptDirectory] | None = None
 
     @property
     def settings(self) -> _Settings:
@@ -934,16 +910,15 @@ class _Cache:
 
     def load_scripts(self, config: Config) -> ScriptDirectory:
         """The revision files, read again when they have changed."""
-        # Two threads must not load twice, and neither may see half a history.
-        with self._lock:
-            known = self._scripts
+        # Two threads may load at once; neither sees half a history.
+        known = self._scripts
 
-            if known and known[0] is config and known[1] == _script_signature(known[2]):
-                return known[2]
+        if known and known[0] is config and known[1] == _script_signature(known[2]):
+            return known[2]
 
-            script, signature = _load_scripts(config)
-            self._scripts = (config, signature, script)
-            return script
+        script, signature = _load_scripts(config)
+        self._scripts = (config, signature, script)
+        return script
 
 
 class _Scope:
@@ -1062,15 +1037,18 @@ _OWN_DEFAULTS: t.Final[dict[str, t.Any]] = {
     "exclude_tables": [],
 }
 _JOINTS: t.Final = {"space": " ", "newline": "\n", "os": os.pathsep, ":": ":", ";": ";"}
-#: The options over which Alembic would stumble late, or of which it would say nothing.
-_OPTION_KINDS: t.Final[dict[str, t.Any]] = {
+_HOOKS: t.Final = ("include_name", "include_object", "render_item")
+#: The types of values; ``float`` stands for seconds, or none.
+_KINDS: t.Final[dict[str, t.Any]] = {
+    "migration_lock": bool,
+    "exclude_tables": str,
+    **dict.fromkeys(
+        ("migration_lock_timeout", "lock_timeout", "statement_timeout"), float
+    ),
     "version_table": str,
     "version_table_schema": str | None,
     "on_version_apply": cabc.Callable,
-    **dict.fromkeys(("include_name", "include_object"), cabc.Callable | None),
-    **dict.fromkeys(
-        ("process_revision_directives", "render_item"), cabc.Callable | None
-    ),
+    **dict.fromkeys((*_HOOKS, "process_revision_directives"), cabc.Callable | None),
     **dict.fromkeys(
         ("compare_type", "compare_server_default"), cabc.Callable | bool | None
     ),
@@ -1104,7 +1082,7 @@ def _read_settings(app: Flask) -> _Settings:
     """Read, check and cast ``app.config["ALEMBIC"]``: the only place that does."""
     options = dict(_config_dict(app, "ALEMBIC"))
     own = {key: options.pop(key, default) for key, default in _OWN_DEFAULTS.items()}
-    _check_own(own)
+    _check("ALEMBIC", own)
 
     for key in options:
         if re.search("_lock|_timeout|^exclude", key):
@@ -1152,24 +1130,25 @@ def _read_settings(app: Flask) -> _Settings:
                 between = joint if option == "prepend_sys_path" else ", "
                 section[str(option)] = _cast(label, each, between)
 
+    own["exclude_tables"] = _as_list(own["exclude_tables"])
     return _Settings(home, branches, root, sections, **own)
 
 
-def _check_own(own: dict[str, t.Any]) -> None:
-    for key, value in own.items():
-        if key == "migration_lock":
-            good, expected = isinstance(value, bool), "True or False"
-        elif key == "exclude_tables":
-            good = isinstance(value, list | tuple)
-            good = good and all(isinstance(each, str) for each in value)
-            expected = "a list of globs"
-        else:
+def _check(name: str, options: dict[str, t.Any]) -> None:
+    """Refuse values over which Alembic or a server would stumble late, if at all."""
+    for key, value in options.items():
+        kind = _KINDS.get(key, object)
+        several = key in ("exclude_tables", "on_version_apply")
+        good = all(
+            isinstance(x, kind) for x in (_as_list(value) if several else [value])
+        )
+
+        if kind is float:
             # A bool is an int.
             good = value is None or (type(value) in (int, float) and 0 <= value < 10**9)
-            expected = "a number of seconds, or None"
 
         if not good:
-            raise _bad_value(key, value, expected)
+            raise FlaskAlembicError(f"{name}['{key}'] cannot be {value!r}.")
 
 
 def _cast(key: str, value: t.Any, joint: str) -> str:
@@ -1314,15 +1293,10 @@ def _own_options(name: str) -> dict[str, t.Any]:
     if isinstance(options.get(name), dict):
         options |= options.pop(name)
 
-    for key, value in options.items():
-        values = _as_list(value) if key == "on_version_apply" else [value]
-        kind = _OPTION_KINDS.get(key, object)
-
-        if not all(isinstance(each, kind) for each in values):
-            raise FlaskAlembicError(f"ALEMBIC_CONTEXT['{key}'] cannot be {value!r}.")
-
+    _check("ALEMBIC_CONTEXT", options)
     # An empty schema, as from an environment variable, is none.
-    return {k: v for k, v in options.items() if (k, v) != ("version_table_schema", "")}
+    options["version_table_schema"] = options.get("version_table_schema") or None
+    return options
 
 
 def _options(
