@@ -655,8 +655,7 @@ class Alembic:
 
             for name, rows in self._rows().items():
                 unknown = _unknown(script, rows)
-                known = tuple(each for each in rows if each not in unknown)
-                current = tuple(script.get_revisions(known))
+                current = script.get_revisions(sorted({*rows} - {*unknown}))
                 steps = [] if unknown else _upgrade_steps(script, "heads", rows)
                 pending = tuple(step.revision for step in steps)
                 result[name] = DatabaseStatus(current, heads, pending, unknown)
@@ -931,21 +930,20 @@ class _Scope:
         tag: str | None = None,
         x: XArguments = None,
     ) -> None:
-        self.outer = outer
+        self.outer, self.tag, self.x = outer, tag, _x_list(x)
         self.base: _Scope = outer.base if outer else self
-        self.tag = tag
-        self.x = _x_list(x)
         self.environment: EnvironmentContext | None = None
-        # Only the innermost scope opens anything, so a copy knows all that is open.
-        self.contexts: dict[str, MigrationContext] = {**outer.contexts} if outer else {}
         self.ops: dict[MigrationContext, Operations] = {}
         #: The revisions that the last run completed, by id.
         self.ran: dict[str, Script] = {}
-        self._targets = targets
-        self.connections: dict[str, sa.Connection] = (
-            {**outer.connections} if outer else {}
-        )
-        self._open = contextlib.ExitStack()
+        # Only the innermost scope opens anything, so a copy knows all that is open.
+        self.contexts: dict[str, MigrationContext] = {}
+        self.connections: dict[str, sa.Connection] = {}
+        self._targets, self._open = targets, contextlib.ExitStack()
+
+        if outer:
+            self.contexts |= outer.contexts
+            self.connections |= outer.connections
 
     def __enter__(self) -> _Scope:
         self._token = _scopes.set((*_scopes.get(), self))
@@ -957,13 +955,12 @@ class _Scope:
 
     def targets(self, extension: Alembic) -> dict[str, _Target]:
         """The databases of this scope: those that were asked for, or all."""
-        if self._targets is None:
-            self._targets = (
-                self.outer.targets(extension)
-                if self.outer
-                else _find_targets(extension.metadatas, extension.engines)
-            )
+        if self._targets is None and self.outer:
+            return self.outer.targets(extension)
 
+        self._targets = self._targets or _find_targets(
+            extension.metadatas, extension.engines
+        )
         return self._targets
 
     def names(self, extension: Alembic) -> list[str]:
@@ -1106,23 +1103,23 @@ def _read_settings(app: Flask) -> _Settings:
         home = beside if _is_nested(beside) else home
 
     further = options.pop("version_locations", None)
+    own["exclude_tables"] = _as_list(own["exclude_tables"])
     branches = _version_locations(root, home, further, joint)
-    folders = dict.fromkeys(path for _, path in branches)
+    settings = _Settings(home, branches, root, {}, **own)
 
-    if any(joint in path for path in folders):
+    if any(joint in path for path in settings.locations):
         raise _bad_value("path_separator", separator, "one that is in no folder's name")
 
-    places = {
-        "script_location": home,
-        "version_locations": joint.join(folders),
+    # These two are literal paths: a percent sign in them stands for itself.
+    settings.sections[""] = {
+        "script_location": home.replace("%", "%%"),
+        "version_locations": joint.join(settings.locations).replace("%", "%%"),
         "path_separator": separator,
     }
-    # These are literal paths: a percent sign in them stands for itself.
-    sections = {"": {key: path.replace("%", "%%") for key, path in places.items()}}
 
     for key, value in options.items():
         name, items = (key, value) if isinstance(value, dict) else ("", {key: value})
-        section = sections.setdefault(name, {})
+        section = settings.sections.setdefault(name, {})
 
         for option, each in items.items():
             if each is not None:
@@ -1130,8 +1127,7 @@ def _read_settings(app: Flask) -> _Settings:
                 between = joint if option == "prepend_sys_path" else ", "
                 section[str(option)] = _cast(label, each, between)
 
-    own["exclude_tables"] = _as_list(own["exclude_tables"])
-    return _Settings(home, branches, root, sections, **own)
+    return settings
 
 
 def _check(name: str, options: dict[str, t.Any]) -> None:
@@ -1199,15 +1195,12 @@ def _version_locations(
     if isinstance(value, str):
         value = [*filter(None, map(str.strip, value.split(joint)))]
 
-    if not isinstance(value, list | tuple | None):
-        raise _bad_value(key, value, "a list of paths and (branch, path) pairs")
-
     # Flask-Migrate and Alembic keep revisions in 'versions', beside an 'env.py' that we
     # must not run; the predecessor keeps them in the folder itself.
     own = os.path.join(home, "versions") if _is_nested(home) else home
     found: list[tuple[str | None, str]] = [(None, own)]
 
-    for item in value or ():
+    for item in _as_list(value):
         match item:
             case [str(branch), path]:
                 found.append((branch, _folder(root, path, key)))
