@@ -1,7 +1,7 @@
 """Database migrations for Flask, by Alembic, in one module.
 
-One object gives a Flask application Alembic's migrations: as ``flask db`` commands and
-as Python calls, for Flask-SQLAlchemy, Flask-SQLAlchemy-Lite and plain SQLAlchemy.
+As ``flask db`` commands and as Python calls, for Flask-SQLAlchemy,
+Flask-SQLAlchemy-Lite and plain SQLAlchemy.
 
     from flask_alembic import Alembic
 
@@ -248,11 +248,9 @@ class Alembic:
     ) -> None:
         """Set up an application: configuration defaults, commands, migrations folder.
 
-        No database is touched. A folder that cannot be made is no error here; what
-        needs the folder says so when it is used.
+        No database is touched; a folder that cannot be made is no error yet.
 
-        :param run_mkdir: Overrides the constructor's for this application.
-        :param command_name: Overrides the constructor's for this application.
+        :param run_mkdir: Overrides the constructor's, as does ``command_name``.
         :raises FlaskAlembicError: If ``ALEMBIC`` or ``ALEMBIC_CONTEXT`` cannot be used.
         """
         app.extensions["alembic"] = self
@@ -305,8 +303,8 @@ class Alembic:
     def migration_contexts(self) -> dict[str, MigrationContext]:
         """A migration context, with an open connection, per database name.
 
-        The connections stay open until the application context ends, or the method that
-        asked returns. With async engines, use it in :meth:`run_sync` only.
+        They last as long as the application context. With async engines, use them in
+        :meth:`run_sync` only.
         """
         return {name: self._context(name) for name in self._scope().names(self)}
 
@@ -354,9 +352,8 @@ class Alembic:
     def run_sync(self, fn: cabc.Callable[..., _R], *args: t.Any) -> _R:
         """Call ``fn(*args)`` where low-level objects of an async engine may be used.
 
-        With sync engines only, it is a plain call. With an async one, ``fn`` runs
-        inside an event loop of its own. Connections that it opens through the low-level
-        objects are closed when it returns.
+        With an async engine, it runs inside an event loop of its own. What it opens
+        through the low-level objects is closed when it returns.
         """
         return self._call(lambda scope: fn(*args))
 
@@ -365,9 +362,8 @@ class Alembic:
     def mkdir(self) -> None:
         """Make the migrations folder, the version locations and ``script.py.mako``.
 
-        What exists is left as it is, but for one thing: Alembic's own unchanged
-        template for one database gives way to the one for several, when there are
-        several.
+        What exists stays, but for Alembic's unchanged template for one database, when
+        there are several.
 
         :raises FlaskAlembicError: If a folder or the file cannot be made.
         """
@@ -427,10 +423,8 @@ class Alembic:
         :param rev_id: Its id; see :meth:`rev_id`.
         :param x: Arguments for ``context.get_x_argument()``.
         :return: The new revisions; none when autogenerate finds nothing.
-        :raises CommandError: If the request does not fit the history, or a database is
-            not at its heads.
-        :raises FlaskAlembicError: If no models were imported, or the template is
-            missing or made for another number of databases.
+        :raises CommandError: If it does not fit the history, or a database is behind.
+        :raises FlaskAlembicError: If no models were imported, or the template is wrong.
         """
         script, settings = self.script_directory, self._get_cache().settings
         self._check_template()
@@ -501,8 +495,7 @@ class Alembic:
     ) -> list[Script]:
         """Run the revisions that lead up to ``target``. See :meth:`run_migrations`.
 
-        :param target: Revision to reach; an int, or digits that are no id, counts
-            steps.
+        :param target: Revision to reach; an int, or digits that are no id, counts.
         :return: The revisions that ran, in order.
         :raises CommandError: If the target, or an id in a database, is unknown.
         :raises MigrationLockTimeout: If another process holds the lock for too long.
@@ -514,8 +507,7 @@ class Alembic:
     ) -> list[Script]:
         """Run the downgrades that lead down to ``target``. Raises as :meth:`upgrade`.
 
-        :param target: Revision to go back to; an int, of either sign, counts steps
-            down.
+        :param target: Revision to go back to; an int of either sign counts down.
         :return: The revisions that were taken back, in order.
         """
         return self._migrate("downgrade", target, **options)
@@ -542,12 +534,10 @@ class Alembic:
     def run_migrations(self, fn: StepFunction, **kwargs: t.Any) -> None:
         """Run steps on the databases: the one way of every migration.
 
-        The databases' locks are taken first, then all transactions are opened, then the
-        steps run, then the transactions are committed. What the databases can roll back
-        is rolled back when anything fails; the error has a note that says what was not.
-        PostgreSQL and SQLite roll back completely; MySQL and MariaDB commit DDL by
-        themselves. ``ALEMBIC_CONTEXT`` options such as ``transaction_per_migration``
-        change this as they do in Alembic.
+        All locks are taken first, then all transactions are opened, then the steps run,
+        then the transactions are committed. When anything fails, PostgreSQL and SQLite
+        roll back completely; the error has a note that says what others did not.
+        ``ALEMBIC_CONTEXT``, as ``transaction_per_migration``, can change this.
 
         :param fn: Called as ``fn(heads, migration_context)``, returns the steps to run.
         :param kwargs: Passed to each ``upgrade`` or ``downgrade`` function.
@@ -613,7 +603,7 @@ class Alembic:
         """
         script = self.script_directory
         names = "heads" if resolve_dependencies else script.get_heads()
-        return tuple(script.get_revisions(names))
+        return script.get_revisions(names)
 
     def branches(self) -> list[Script]:
         """Get the revisions that more than one other follows."""
@@ -650,7 +640,7 @@ class Alembic:
 
         def work(scope: _Scope) -> dict[str, DatabaseStatus]:
             script = self.script_directory
-            heads = tuple(script.get_revisions("heads"))
+            heads = script.get_revisions("heads")
             result = {}
 
             for name, rows in self._rows().items():
@@ -687,10 +677,7 @@ class Alembic:
         return [diff for ops in script.upgrade_ops_list for diff in ops.as_diffs()]
 
     def produce_migrations(self, database: DatabaseNames = None) -> MigrationScript:
-        """Make the operations that would bring the databases to the models.
-
-        With several databases, the script's ``upgrade_ops_list`` has an entry for each.
-        """
+        """Make the operations, for each database, that would bring it to the models."""
         return self._call(lambda scope: _produce(self), database=database)
 
     def upgrade_plan(
@@ -698,7 +685,7 @@ class Alembic:
     ) -> dict[str, list[PlannedStep]]:
         """Tell what :meth:`upgrade` would run and drop, in order, by database name.
 
-        The revisions' functions are called with operations that record and do nothing.
+        Revisions are called with operations that only record.
         """
         steps = _Steps(self, "upgrade", target)
         return self._call(lambda scope: _plan(self, scope, steps), **options)
@@ -795,8 +782,7 @@ class Alembic:
         scope = self._scope()
 
         if name not in scope.contexts:
-            names = scope.names(self)
-            is_main = name == ("default" if "default" in names else names[0])
+            is_main = name == "default" or len(scope.names(self)) == 1
             env = self.environment_context if is_main else self._new_environment(scope)
             connection = scope.connect(self, name)
             env.configure(connection, **_options(self, name, connection))
@@ -815,26 +801,22 @@ class Alembic:
         return rows
 
     def _current(self, scope: _Scope) -> tuple[Script, ...]:
-        script = self.script_directory
-        found: dict[str, Script] = {}
+        script, rows = self.script_directory, self._rows()
 
-        for name, rows in self._rows().items():
-            _refuse_unknown(script, rows, name)
-            found.update((s.revision, s) for s in script.get_revisions(rows))
+        for name, ids in rows.items():
+            _refuse_unknown(script, ids, name)
 
-        return tuple(found.values())
+        found = dict.fromkeys(each for ids in rows.values() for each in ids)
+        return script.get_revisions([*found])
 
     def _is_current(self, scope: _Scope, steps: _Steps) -> bool:
         """Whether there is surely nothing to run, found without importing Alembic."""
         settings = self._get_cache().settings
-        names = "config script_directory environment_context migration_contexts"
 
         if (
-            (steps.kind, steps.target) != ("upgrade", "heads")
-            or any(
-                getattr(type(self), name) is not getattr(Alembic, name)
-                for name in f"{names} run_migrations".split()
-            )
+            # A subclass may see to it that other files or tables are looked at.
+            type(self) is not Alembic
+            or (steps.kind, steps.target) != ("upgrade", "heads")
             or settings.is_on("sourceless")
             or settings.is_on("recursive_version_locations")
         ):
