@@ -279,8 +279,7 @@ class Alembic:
     def config(self) -> Config:
         """Alembic's configuration of the current application."""
         cache = self._get_cache()
-        names = self._configured_names()
-        cache.config = cache.config or _alembic_config(cache.settings, names)
+        cache.config = cache.config or _alembic_config(cache.settings)
         return cache.config
 
     @property
@@ -1105,9 +1104,7 @@ def _read_settings(app: Flask) -> _Settings:
 
         for option, each in items.items():
             if each is not None:
-                label = f"{key}']['{option}" if name else key
-                between = joint if option == "prepend_sys_path" else ", "
-                section[str(option)] = _cast(label, each, between)
+                section[str(option)] = _cast(key, each)
 
     return settings
 
@@ -1129,13 +1126,13 @@ def _check(name: str, options: dict[str, t.Any]) -> None:
             raise FlaskAlembicError(f"{name}['{key}'] cannot be {value!r}.")
 
 
-def _cast(key: str, value: t.Any, joint: str) -> str:
+def _cast(key: str, value: t.Any) -> str:
     """A value as ConfigParser takes it: a string whose percent signs are doubled."""
     if isinstance(value, bool):
         return str(value).lower()
 
     if isinstance(value, list | tuple):
-        return joint.join(_cast(key, each, joint) for each in value)
+        return ", ".join(_cast(key, each) for each in value)
 
     if not isinstance(value, (str, int, os.PathLike)):
         raise _bad_value(key, value, "a str, int, bool, Path or list of them")
@@ -1218,7 +1215,7 @@ _TRIALS: t.Final[dict[str, cabc.Callable[[str], t.Any]]] = {
 }
 
 
-def _alembic_config(settings: _Settings, names: cabc.Sequence[str]) -> Config:
+def _alembic_config(settings: _Settings) -> Config:
     """Alembic's own configuration object, holding the settings."""
     from alembic.config import Config
 
@@ -1233,10 +1230,6 @@ def _alembic_config(settings: _Settings, names: cabc.Sequence[str]) -> Config:
                 raise FlaskAlembicError(
                     f"ALEMBIC['{section or key}'] cannot be used: {error}."
                 ) from error
-
-    if len(names) > 1:
-        # Alembic's template for several databases asks for it.
-        config.set_main_option("databases", ", ".join(names))
 
     return config
 
