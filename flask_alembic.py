@@ -85,8 +85,7 @@ _Heads: t.TypeAlias = "tuple[str, ...]"
 StepFunction: t.TypeAlias = (
     "cabc.Callable[[t.Any, MigrationContext], cabc.Iterable[_Step]]"
 )
-#: One revision or several: ids, unique prefixes, symbols such as ``users@head``,
-#: scripts.
+#: One revision or several: ids, unique prefixes, scripts, symbols (``users@head``).
 RevisionTarget: t.TypeAlias = "str | int | Script | cabc.Sequence[str | Script]"
 DatabaseNames: t.TypeAlias = "str | cabc.Sequence[str] | None"
 XArguments: t.TypeAlias = "cabc.Mapping[str, t.Any] | cabc.Sequence[str] | str | None"
@@ -106,8 +105,7 @@ class RunOptions(t.TypedDict, total=False):
     database: DatabaseNames
     #: For ``context.get_tag_argument()`` in revisions.
     tag: str | None
-    #: For ``context.get_x_argument()`` in revisions: a dict, or a list of
-    #: ``KEY=VALUE``.
+    #: For ``context.get_x_argument()``: a dict, or a list of ``KEY=VALUE``.
     x: XArguments
 
 
@@ -173,8 +171,7 @@ class MigrationLockTimeout(FlaskAlembicError):
             " Set 'migration_lock_timeout' in ALEMBIC to wait longer, or"
             " 'migration_lock' to False to go without the lock."
         )
-        self.database = database
-        self.seconds = seconds
+        self.database, self.seconds = database, seconds
 
 
 #: Key in an exception's ``__dict__``: ``"revision"`` when a revision's own code raised
@@ -232,8 +229,7 @@ class Alembic:
         metadatas: MetadataOption | cabc.Mapping[str, MetadataOption] | None = None,
         engines: EngineOption | cabc.Mapping[str, EngineOption] | None = None,
     ) -> None:
-        self.run_mkdir = run_mkdir
-        self.command_name = command_name
+        self.run_mkdir, self.command_name = run_mkdir, command_name
         #: Metadata by database name, as given; empty when detection finds them.
         self.metadatas: dict[str, MetadataOption] = _by_name(metadatas)
         #: Engines by database name, as given.
@@ -1015,28 +1011,30 @@ _OWN_DEFAULTS: t.Final[dict[str, t.Any]] = {
     "exclude_tables": [],
 }
 _JOINTS: t.Final = {"space": " ", "newline": "\n", "os": os.pathsep, ":": ":", ";": ";"}
-_HOOKS: t.Final = ("include_name", "include_object", "render_item")
+_HOOK: t.Final[t.Any] = cabc.Callable | None
 #: The types of values; ``float`` stands for seconds, or none.
 _KINDS: t.Final[dict[str, t.Any]] = {
     "migration_lock": bool,
+    "migration_lock_timeout": float,
+    "lock_timeout": float,
+    "statement_timeout": float,
     "exclude_tables": str,
-    **dict.fromkeys(
-        ("migration_lock_timeout", "lock_timeout", "statement_timeout"), float
-    ),
+    "include_name": _HOOK,
+    "include_object": _HOOK,
+    "render_item": _HOOK,
+    "process_revision_directives": _HOOK,
+    "on_version_apply": cabc.Callable,
+    "compare_type": _HOOK | bool,
+    "compare_server_default": _HOOK | bool,
+    # What 'configure' takes without naming it.
     "version_table": str,
     "version_table_schema": str | None,
-    "on_version_apply": cabc.Callable,
-    **dict.fromkeys((*_HOOKS, "process_revision_directives"), cabc.Callable | None),
-    **dict.fromkeys(
-        ("compare_type", "compare_server_default"), cabc.Callable | bool | None
-    ),
+    "version_table_pk": bool,
+    "mssql_batch_separator": str,
+    "oracle_batch_separator": str,
 }
-#: What ``configure`` takes without naming it, and what it names that is ours to give.
-_UNNAMED: t.Final = (
-    *("version_table", "version_table_schema", "version_table_pk"),
-    *("mssql_batch_separator", "oracle_batch_separator"),
-)
-_OURS: t.Final = {"self", "kw", "connection", "url"}
+#: What is not for ``ALEMBIC_CONTEXT``.
+_OURS: t.Final = {"self", "kw", "connection", "url", *_OWN_DEFAULTS}
 
 
 def _bad_value(key: str, value: t.Any, expected: str) -> FlaskAlembicError:
@@ -1278,7 +1276,7 @@ def _options(
     targets = extension._scope().base.targets(extension)
     options = _own_options(name)
     named = inspect.signature(EnvironmentContext.configure).parameters
-    known = {*named, *_UNNAMED} - _OURS
+    known = {*named, *_KINDS} - _OURS
 
     for key, value in [*options.items()]:
         if isinstance(value, dict) and (key in targets or key in extension.engines):
