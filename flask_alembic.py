@@ -844,11 +844,9 @@ class Alembic:
 
     def _free_id(self, script: ScriptDirectory, wanted: str | None) -> str:
         """An id that no revision or branch has."""
-        every = script.walk_revisions()
-        taken = {x for each in every for x in (each.revision, *each.branch_labels)}
         new = str(self.rev_id()) if wanted is None else wanted
 
-        while wanted is None and new in taken and new.isdecimal():
+        while wanted is None and new.isdecimal() and not _unknown(script, (new,)):
             new = str(int(new) + 1).zfill(len(new))
 
         _refuse_labels(script, [new])

@@ -725,6 +725,34 @@ def test_rev_id_can_be_overridden(app: Flask) -> None:
         assert ids(made) == ["0001", "0002", "0003"]
 
 
+@pytest.mark.parametrize("made", ["taken", "a-b", "head"])
+def test_rev_id_that_cannot_be_one_is_refused(
+    app: Flask, monkeypatch: pytest.MonkeyPatch, made: str
+) -> None:
+    """As it is when it is typed; nothing is written."""
+    write_history(app, "taken")
+    extension = build_sqlite(app)
+    monkeypatch.setattr(extension, "rev_id", lambda: made)
+
+    with app.app_context(), pytest.raises(CommandError, match=f"'{made}'"):
+        extension.revision("x", empty=True)
+
+    assert files(app) == {"taken.py"}
+
+
+def test_merge_stays_in_the_folder_of_its_branch(app: Flask) -> None:
+    app.config["ALEMBIC"] = {"version_locations": [("shop", "shop_migrations")]}
+    folder = pathlib.Path(app.root_path, "shop_migrations")
+    write_history(app, "main")
+    write_revision(folder, "aa", labels="shop")
+    write_revision(folder, "bb", "aa")
+    write_revision(folder, "cc", "aa")
+    extension = build_sqlite(app)
+
+    with app.app_context():
+        assert pathlib.Path(extension.merge(["bb", "cc"]).path).parent == folder
+
+
 def test_merge(app: Flask) -> None:
     folder = write_history(app, "aa", "bb")
     write_revision(folder, "cc", "aa")
