@@ -314,9 +314,11 @@ class Alembic:
         """Alembic's operations per database name, each bound to its database."""
         from alembic.operations import Operations
 
-        made = self._scope().ops
-        found = self.migration_contexts.items()
-        return {name: made.setdefault(each, Operations(each)) for name, each in found}
+        # Kept with their context, so that they last as long.
+        return {
+            name: context.opts.setdefault("operations", Operations(context))
+            for name, context in self.migration_contexts.items()
+        }
 
     @property
     def op(self) -> Operations:
@@ -908,7 +910,6 @@ class _Scope:
         self.outer, self.tag, self.x = outer, tag, _x_list(x)
         self.base: _Scope = outer.base if outer else self
         self.environment: EnvironmentContext | None = None
-        self.ops: dict[MigrationContext, Operations] = {}
         #: The revisions that the last run completed, by id.
         self.ran: dict[str, Script] = {}
         # Only the innermost scope opens anything, so a copy knows all that is open.
@@ -960,7 +961,6 @@ class _Scope:
         """Give every connection that was opened here back to its pool."""
         self.environment = None
         self.contexts.clear()
-        self.ops.clear()
         self.connections.clear()
         self._open.close()
 

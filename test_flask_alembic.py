@@ -1904,6 +1904,11 @@ def test_configuration_that_is_no_dict(app: Flask, name: str, value: object) -> 
         ("statement_timeout", []),
         ("exclude_tables", [5]),
         ("exclude_tables", 5),
+        ("migration_lock_timout", 5),
+        ("statement_timeouts", 5),
+        ("exclude_table", []),
+        ("lock_timeout", True),
+        ("path_separator", ["os"]),
     ],
 )
 def test_wrong_key_or_value(app: Flask, key: object, value: object) -> None:
