@@ -832,17 +832,26 @@ class Alembic:
     def _check_template(self) -> None:
         """Refuse a template that would write a file without its operations."""
         template = self._get_cache().settings.template
+        names = self._configured_names()
 
         if not os.path.isfile(template):
             raise FlaskAlembicError(f"'{template}' is missing: run 'flask db mkdir'.")
 
-        if len(self._configured_names()) > 1:
-            with open(template, encoding="utf-8") as file:
-                if "_upgrades" not in file.read():
-                    raise FlaskAlembicError(
-                        f"'{template}' is for one database, but there are several: move"
-                        " it away, then run 'flask db mkdir'."
-                    )
+        if len(names) < 2:
+            return
+
+        if bad := [name for name in names if not name.isidentifier()]:
+            raise FlaskAlembicError(
+                f"Several databases name functions, which {_quoted(bad)} cannot:"
+                " rename the keys of 'metadatas'."
+            )
+
+        with open(template, encoding="utf-8") as file:
+            if "_upgrades" not in file.read():
+                raise FlaskAlembicError(
+                    f"'{template}' is for one database, but there are several: move it"
+                    " away, then run 'flask db mkdir'."
+                )
 
     def _free_id(self, script: ScriptDirectory, wanted: str | None) -> str:
         """An id that no revision or branch has."""

@@ -2257,6 +2257,17 @@ def test_one_database_of_several(app: Flask, make_database: MakeDatabase) -> Non
     assert table_names(urls["audit"]) == {"alembic_version"}
 
 
+def test_names_of_databases_have_to_be_identifiers(app: Flask) -> None:
+    """They are parts of the names of functions; one alone may have any name."""
+    urls = {name: f"sqlite:///{app.root_path}/{name}.db" for name in ("one", "my-db")}
+    extension = build_plain(app, urls, {name: sa.MetaData() for name in urls})
+
+    with app.app_context(), pytest.raises(FlaskAlembicError, match="'my-db'"):
+        extension.revision("x", empty=True)
+
+    assert files(app) == set()
+
+
 def test_old_revisions_keep_working(app: Flask, make_database: MakeDatabase) -> None:
     """Those from before the second database run for ``default`` alone."""
     folder = pathlib.Path(app.root_path, "migrations")
