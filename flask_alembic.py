@@ -1,7 +1,7 @@
 """Database migrations for Flask, by Alembic, in one module.
 
-One object gives a Flask application Alembic's migrations: as ``flask db`` commands and
-as Python calls, for Flask-SQLAlchemy, Flask-SQLAlchemy-Lite and plain SQLAlchemy.
+As ``flask db`` commands and as Python calls, for Flask-SQLAlchemy,
+Flask-SQLAlchemy-Lite and plain SQLAlchemy.
 
     from flask_alembic import Alembic
 
@@ -86,8 +86,7 @@ _Heads: t.TypeAlias = "tuple[str, ...]"
 StepFunction: t.TypeAlias = (
     "cabc.Callable[[t.Any, MigrationContext], cabc.Iterable[_Step]]"
 )
-#: One revision or several: ids, unique prefixes, symbols such as ``users@head``,
-#: scripts.
+#: One revision or several: ids, unique prefixes, scripts, symbols (``users@head``).
 RevisionTarget: t.TypeAlias = "str | int | Script | cabc.Sequence[str | Script]"
 DatabaseNames: t.TypeAlias = "str | cabc.Sequence[str] | None"
 XArguments: t.TypeAlias = "cabc.Mapping[str, t.Any] | cabc.Sequence[str] | str | None"
@@ -107,8 +106,7 @@ class RunOptions(t.TypedDict, total=False):
     database: DatabaseNames
     #: For ``context.get_tag_argument()`` in revisions.
     tag: str | None
-    #: For ``context.get_x_argument()`` in revisions: a dict, or a list of
-    #: ``KEY=VALUE``.
+    #: For ``context.get_x_argument()``: a dict, or a list of ``KEY=VALUE``.
     x: XArguments
 
 
@@ -174,11 +172,7 @@ class MigrationLockTimeout(FlaskAlembicError):
             " Set 'migration_lock_timeout' in ALEMBIC to wait longer, or"
             " 'migration_lock' to False to go without the lock."
         )
-        self.database = database
-        self.seconds = seconds
-
-    def __reduce__(self) -> tuple[t.Any, ...]:
-        return RuntimeError.__new__, (type(self), *self.args), self.__dict__
+        self.database, self.seconds = database, seconds
 
 
 #: Key in an exception's ``__dict__``: ``"revision"`` when a revision's own code raised
@@ -236,8 +230,7 @@ class Alembic:
         metadatas: MetadataOption | cabc.Mapping[str, MetadataOption] | None = None,
         engines: EngineOption | cabc.Mapping[str, EngineOption] | None = None,
     ) -> None:
-        self.run_mkdir = run_mkdir
-        self.command_name = command_name
+        self.run_mkdir, self.command_name = run_mkdir, command_name
         #: Metadata by database name, as given; empty when detection finds them.
         self.metadatas: dict[str, MetadataOption] = _by_name(metadatas)
         #: Engines by database name, as given.
@@ -252,15 +245,13 @@ class Alembic:
     ) -> None:
         """Set up an application: configuration defaults, commands, migrations folder.
 
-        No database is touched. A folder that cannot be made is no error here; what
-        needs the folder says so when it is used.
+        No database is touched; a folder that cannot be made is no error yet.
 
-        :param run_mkdir: Overrides the constructor's for this application.
-        :param command_name: Overrides the constructor's for this application.
+        :param run_mkdir: Overrides the constructor's, as does ``command_name``.
         :raises FlaskAlembicError: If ``ALEMBIC`` or ``ALEMBIC_CONTEXT`` cannot be used.
         """
         app.extensions["alembic"] = self
-        self._caches[app] = _Cache(self)
+        self._caches[app] = _Cache()
         options = _config_dict(app, "ALEMBIC")
         options.setdefault("script_location", "migrations")
         options.setdefault("version_locations", [])
@@ -285,10 +276,7 @@ class Alembic:
     def config(self) -> Config:
         """Alembic's configuration of the current application."""
         cache = self._get_cache()
-
-        if cache.config is None:
-            cache.config = _alembic_config(cache.settings, self._configured_names())
-
+        cache.config = cache.config or _alembic_config(cache.settings)
         return cache.config
 
     @property
@@ -304,18 +292,15 @@ class Alembic:
     def environment_context(self) -> EnvironmentContext:
         """Alembic's environment of the ``default`` or only database."""
         scope = self._scope()
-
-        if scope.environment is None:
-            scope.environment = self._new_environment(scope)
-
+        scope.environment = scope.environment or self._new_environment(scope)
         return scope.environment
 
     @property
     def migration_contexts(self) -> dict[str, MigrationContext]:
         """A migration context, with an open connection, per database name.
 
-        The connections stay open until the application context ends, or the method that
-        asked returns. With async engines, use it in :meth:`run_sync` only.
+        They last as long as the application context. With async engines, use them in
+        :meth:`run_sync` only.
         """
         return {name: self._context(name) for name in self._scope().names(self)}
 
@@ -330,9 +315,11 @@ class Alembic:
         """Alembic's operations per database name, each bound to its database."""
         from alembic.operations import Operations
 
-        made = self._scope().ops
-        found = self.migration_contexts.items()
-        return {name: made.setdefault(each, Operations(each)) for name, each in found}
+        # Kept with their context, so that they last as long.
+        return {
+            name: context.opts.setdefault("operations", Operations(context))
+            for name, context in self.migration_contexts.items()
+        }
 
     @property
     def op(self) -> Operations:
@@ -363,9 +350,8 @@ class Alembic:
     def run_sync(self, fn: cabc.Callable[..., _R], *args: t.Any) -> _R:
         """Call ``fn(*args)`` where low-level objects of an async engine may be used.
 
-        With sync engines only, it is a plain call. With an async one, ``fn`` runs
-        inside an event loop of its own. Connections that it opens through the low-level
-        objects are closed when it returns.
+        With an async engine, it runs inside an event loop of its own. What it opens
+        through the low-level objects is closed when it returns.
         """
         return self._call(lambda scope: fn(*args))
 
@@ -374,9 +360,8 @@ class Alembic:
     def mkdir(self) -> None:
         """Make the migrations folder, the version locations and ``script.py.mako``.
 
-        What exists is left as it is, but for one thing: Alembic's own unchanged
-        template for one database gives way to the one for several, when there are
-        several.
+        What exists stays, but for Alembic's unchanged template for one database, when
+        there are several.
 
         :raises FlaskAlembicError: If a folder or the file cannot be made.
         """
@@ -397,15 +382,14 @@ class Alembic:
                 shutil.copyfile(source, template)
         except OSError as error:
             raise FlaskAlembicError(
-                f"Cannot make the migrations folder '{settings.script_location}':"
-                f" {error.strerror or error} ('{error.filename}')."
+                f"Cannot make the folder '{settings.script_location}': {error}."
             ) from error
 
     def rev_id(self) -> str:
         """Make the id of a new revision: the time in UTC seconds.
 
-        Override or assign it for ids of another kind. An id that is taken is never
-        used: digits are counted up, others are asked for again.
+        Override or assign it for ids of another kind. Digits that are taken are counted
+        up; another id that is taken is refused.
         """
         return str(int(time.time()))
 
@@ -437,21 +421,30 @@ class Alembic:
         :param rev_id: Its id; see :meth:`rev_id`.
         :param x: Arguments for ``context.get_x_argument()``.
         :return: The new revisions; none when autogenerate finds nothing.
-        :raises CommandError: If the request does not fit the history, or a database is
-            not at its heads.
-        :raises FlaskAlembicError: If no models were imported, or the template is
-            missing or made for another number of databases.
+        :raises CommandError: If it does not fit the history, or a database is behind.
+        :raises FlaskAlembicError: If no models were imported, or the template is wrong.
         """
-        script = self.script_directory
+        script, settings = self.script_directory, self._get_cache().settings
         self._check_template()
         arguments = {
             "message": message,
             "autogenerate": not empty,
+            "sql": False,
+            "rev_id": self._free_id(script, rev_id),
             "splice": splice,
             "depends_on": None if depend is None else _identifiers(depend),
-            **_place(self._get_cache().settings, script, branch, parent, label, path),
+            **_place(settings, script, branch, parent, label, path),
         }
-        return self._write(script, arguments, rev_id, database=database, x=x)
+
+        def work(scope: _Scope) -> list[Script]:
+            return _generate(self, scope, script, arguments)
+
+        if not empty or settings.is_on("revision_environment"):
+            return self._call(work, database=database, x=x)
+
+        # No database is needed, and so none is looked for.
+        with _Scope(self._scope(), x=x) as scope:
+            return work(scope)
 
     def merge(
         self,
@@ -472,56 +465,50 @@ class Alembic:
         :raises CommandError: If there are fewer than two, or a label is taken.
         """
         script = self.script_directory
-        self._check_template()
         labels = {x for each in script.walk_revisions() for x in each.branch_labels}
-
-        _refuse_labels(script, _as_list(label))
-
         names = _as_list(_identifiers(revisions))
         wanted = [f"{name}@head" if name in labels else name for name in names]
-        found = [s.revision for name in wanted for s in _scripts(script, name)]
-        heads = list(dict.fromkeys(found))
+        found = {s.revision: s for name in wanted for s in _scripts(script, name)}
 
-        if len(heads) < 2:
+        if len(found) < 2:
             raise _command_error(
                 "A merge needs at least two revisions; there is only"
-                f" {', '.join(heads) or 'none'}."
+                f" {', '.join(found) or 'none'}."
             )
 
-        arguments = {
-            "message": "merge" if message is None else message,
-            "autogenerate": False,
-            "head": heads,
-            "splice": splice,
-            "branch_label": _as_list(label) or None,
-            "version_path": None,
-            "depends_on": None,
-        }
-        return self._write(script, arguments, rev_id)[0]
+        folder = os.path.dirname(next(iter(found.values())).path)
+        [merged] = self.revision(
+            "merge" if message is None else message,
+            empty=True,
+            parent=[*found],
+            splice=splice,
+            label=label,
+            path=folder if folder in self._get_cache().settings.locations else None,
+            rev_id=rev_id,
+        )
+        return merged
 
     def upgrade(
         self, target: RevisionTarget = "heads", **options: t.Unpack[RunOptions]
     ) -> list[Script]:
         """Run the revisions that lead up to ``target``. See :meth:`run_migrations`.
 
-        :param target: Revision to reach; an int, or digits that are no id, counts
-            steps.
+        :param target: Revision to reach; an int, or digits that are no id, counts.
         :return: The revisions that ran, in order.
         :raises CommandError: If the target, or an id in a database, is unknown.
         :raises MigrationLockTimeout: If another process holds the lock for too long.
         """
-        return self._migrate(_Steps(self, "upgrade", target), **options)
+        return self._migrate("upgrade", target, **options)
 
     def downgrade(
         self, target: RevisionTarget = -1, **options: t.Unpack[RunOptions]
     ) -> list[Script]:
         """Run the downgrades that lead down to ``target``. Raises as :meth:`upgrade`.
 
-        :param target: Revision to go back to; an int, of either sign, counts steps
-            down.
+        :param target: Revision to go back to; an int of either sign counts down.
         :return: The revisions that were taken back, in order.
         """
-        return self._migrate(_Steps(self, "downgrade", target), **options)
+        return self._migrate("downgrade", target, **options)
 
     def stamp(
         self,
@@ -536,26 +523,19 @@ class Alembic:
         :param purge: Empty the version tables first, whatever they hold.
         :return: The revisions that are current now.
         """
-
-        def work(scope: _Scope) -> tuple[Script, ...]:
-            self.run_migrations(_Steps(self, "stamp", target, purge=purge))
-            return self._current(scope)
-
-        return self._call(work, **options)
+        return tuple(self._migrate("stamp", target, purge, **options))
 
     def ensure_version(self, database: DatabaseNames = None) -> None:
         """Make the version tables that are missing. Raises as :meth:`upgrade`."""
-        self._migrate(_Steps(self, "ensure-version", "base"), database=database)
+        self._migrate("ensure-version", "base", database=database)
 
     def run_migrations(self, fn: StepFunction, **kwargs: t.Any) -> None:
         """Run steps on the databases: the one way of every migration.
 
-        The databases' locks are taken first, then all transactions are opened, then the
-        steps run, then the transactions are committed. What the databases can roll back
-        is rolled back when anything fails; the error has a note that says what was not.
-        PostgreSQL and SQLite roll back completely; MySQL and MariaDB commit DDL by
-        themselves. ``ALEMBIC_CONTEXT`` options such as ``transaction_per_migration``
-        change this as they do in Alembic.
+        All locks are taken first, then all transactions are opened, then the steps run,
+        then the transactions are committed. When anything fails, PostgreSQL and SQLite
+        roll back completely; the error has a note that says what others did not.
+        ``ALEMBIC_CONTEXT``, as ``transaction_per_migration``, can change this.
 
         :param fn: Called as ``fn(heads, migration_context)``, returns the steps to run.
         :param kwargs: Passed to each ``upgrade`` or ``downgrade`` function.
@@ -584,13 +564,13 @@ class Alembic:
         :param start: Revision that the database has; ``current`` reads it there.
         :raises CommandError: If the range is none, or a revision needs a connection.
         """
-        return self._sql(_Steps(self, "upgrade", target, start=start), **options)
+        return self._sql("upgrade", target, start, **options)
 
     def downgrade_sql(
         self, target: RevisionTarget, start: str, **options: t.Unpack[RunOptions]
     ) -> dict[str, str]:
         """Make the SQL script of a downgrade. See :meth:`upgrade_sql`."""
-        return self._sql(_Steps(self, "downgrade", target, start=start), **options)
+        return self._sql("downgrade", target, start, **options)
 
     def stamp_sql(
         self,
@@ -599,11 +579,11 @@ class Alembic:
         **options: t.Unpack[RunOptions],
     ) -> dict[str, str]:
         """Make the SQL script of a stamp. See :meth:`upgrade_sql`."""
-        return self._sql(_Steps(self, "stamp", target, start=start), **options)
+        return self._sql("stamp", target, start, **options)
 
     def ensure_version_sql(self, database: DatabaseNames = None) -> dict[str, str]:
         """Make the SQL script that makes the version table. See :meth:`upgrade_sql`."""
-        return self._sql(_Steps(self, "ensure-version", "base"), database=database)
+        return self._sql("ensure-version", "base", database=database)
 
     # What only reads
 
@@ -621,7 +601,7 @@ class Alembic:
         """
         script = self.script_directory
         names = "heads" if resolve_dependencies else script.get_heads()
-        return tuple(script.get_revisions(names))
+        return script.get_revisions(names)
 
     def branches(self) -> list[Script]:
         """Get the revisions that more than one other follows."""
@@ -658,13 +638,12 @@ class Alembic:
 
         def work(scope: _Scope) -> dict[str, DatabaseStatus]:
             script = self.script_directory
-            heads = tuple(script.get_revisions("heads"))
+            heads = script.get_revisions("heads")
             result = {}
 
             for name, rows in self._rows().items():
                 unknown = _unknown(script, rows)
-                known = tuple(each for each in rows if each not in unknown)
-                current = tuple(script.get_revisions(known))
+                current = script.get_revisions(sorted({*rows} - {*unknown}))
                 steps = [] if unknown else _upgrade_steps(script, "heads", rows)
                 pending = tuple(step.revision for step in steps)
                 result[name] = DatabaseStatus(current, heads, pending, unknown)
@@ -681,8 +660,8 @@ class Alembic:
         steps = _Steps(self, "upgrade", "heads")
 
         def work(scope: _Scope) -> bool:
-            is_current = self._is_current(scope, steps)
-            return not is_current and any(_pending(self, steps).values())
+            current = self._is_current(scope, steps)
+            return not current and any(_pending(self, steps).values())
 
         return self._call(work, database=database)
 
@@ -696,10 +675,7 @@ class Alembic:
         return [diff for ops in script.upgrade_ops_list for diff in ops.as_diffs()]
 
     def produce_migrations(self, database: DatabaseNames = None) -> MigrationScript:
-        """Make the operations that would bring the databases to the models.
-
-        With several databases, the script's ``upgrade_ops_list`` has an entry for each.
-        """
+        """Make the operations, for each database, that would bring it to the models."""
         return self._call(lambda scope: _produce(self), database=database)
 
     def upgrade_plan(
@@ -707,7 +683,7 @@ class Alembic:
     ) -> dict[str, list[PlannedStep]]:
         """Tell what :meth:`upgrade` would run and drop, in order, by database name.
 
-        The revisions' functions are called with operations that record and do nothing.
+        Revisions are called with operations that only record.
         """
         steps = _Steps(self, "upgrade", target)
         return self._call(lambda scope: _plan(self, scope, steps), **options)
@@ -738,8 +714,8 @@ class Alembic:
 
     def _scope(self) -> _Scope:
         """The innermost scope of this extension in this application context."""
-        bases: dict[Alembic, _Scope] = g.setdefault("_flask_alembic", {})
-        base = bases.setdefault(self, _Scope(None))
+        bases = g.setdefault("_flask_alembic", {})
+        base: _Scope = bases.setdefault(self, _Scope(None))
         return next((s for s in reversed(_scopes.get()) if s.base is base), base)
 
     def _close_context(self, error: BaseException | None = None) -> None:
@@ -768,45 +744,31 @@ class Alembic:
         is_async = any(target.is_async for target in chosen.values())
         return _in_loop(inside) if connects and is_async else inside()
 
-    def _migrate(self, steps: _Steps, **options: t.Unpack[RunOptions]) -> list[Script]:
-        """Run steps, and tell which revisions ran."""
+    def _migrate(
+        self, kind: t.Any, target: t.Any, purge: bool = False, **options: t.Any
+    ) -> list[Script]:
+        """Run steps, and tell which revisions ran, or are current after a stamp."""
+        steps = _Steps(self, kind, target, purge=purge)
 
         def work(scope: _Scope) -> list[Script]:
             if not self._is_current(scope, steps):
                 self.run_migrations(steps)
 
-            return list(scope.ran.values())
+            done = self._current(scope) if kind == "stamp" else scope.ran.values()
+            return list(done)
 
         return self._call(work, **options)
 
-    def _sql(self, steps: _Steps, **options: t.Unpack[RunOptions]) -> dict[str, str]:
+    def _sql(
+        self, kind: t.Any, target: t.Any, start: str = "base", **options: t.Any
+    ) -> dict[str, str]:
+        steps = _Steps(self, kind, target, start)
         live = steps.start == "current"
 
         def work(scope: _Scope) -> dict[str, str]:
-            rows = self._rows() if live else None
-            return _run_offline(self, scope, steps, rows)
+            return _run_offline(self, scope, steps, self._rows() if live else None)
 
         return self._call(work, live, **options)
-
-    def _write(
-        self,
-        script: ScriptDirectory,
-        arguments: dict[str, t.Any],
-        rev_id: str | None,
-        **options: t.Unpack[RunOptions],
-    ) -> list[Script]:
-        """Write revision files; databases are looked for only if one is needed."""
-        arguments |= {"sql": False, "rev_id": self._free_id(script, rev_id)}
-        settings = self._get_cache().settings
-
-        def work(scope: _Scope) -> list[Script]:
-            return _generate(self, scope, script, arguments)
-
-        if arguments["autogenerate"] or settings.is_on("revision_environment"):
-            return self._call(work, **options)
-
-        with _Scope(self._scope(), x=options.get("x")) as scope:
-            return work(scope)
 
     def _new_environment(self, scope: _Scope) -> EnvironmentContext:
         from alembic.runtime.environment import EnvironmentContext
@@ -818,12 +780,10 @@ class Alembic:
         scope = self._scope()
 
         if name not in scope.contexts:
-            names = scope.names(self)
-            is_main = name == ("default" if "default" in names else names[0])
+            is_main = name == "default" or len(scope.names(self)) == 1
             env = self.environment_context if is_main else self._new_environment(scope)
             connection = scope.connect(self, name)
-            options = _options(self, name, connection)
-            env.configure(connection=connection, **options)
+            env.configure(connection, **_options(self, name, connection))
             scope.contexts[name] = env.get_context()
 
         return scope.contexts[name]
@@ -839,24 +799,22 @@ class Alembic:
         return rows
 
     def _current(self, scope: _Scope) -> tuple[Script, ...]:
-        script = self.script_directory
-        found: dict[str, Script] = {}
+        script, rows = self.script_directory, self._rows()
 
-        for name, rows in self._rows().items():
-            _refuse_unknown(script, rows, name)
-            found.update((s.revision, s) for s in script.get_revisions(rows))
+        for name, ids in rows.items():
+            _refuse_unknown(script, ids, name)
 
-        return tuple(found.values())
+        found = dict.fromkeys(each for ids in rows.values() for each in ids)
+        return script.get_revisions([*found])
 
     def _is_current(self, scope: _Scope, steps: _Steps) -> bool:
         """Whether there is surely nothing to run, found without importing Alembic."""
         settings = self._get_cache().settings
-        names = ["config", "script_directory", "environment_context"]
-        names += ["migration_contexts", "run_migrations"]
 
         if (
-            (steps.kind, steps.target) != ("upgrade", "heads")
-            or any(getattr(type(self), x) is not getattr(Alembic, x) for x in names)
+            # A subclass may see to it that other files or tables are looked at.
+            type(self) is not Alembic
+            or (steps.kind, steps.target) != ("upgrade", "heads")
             or settings.is_on("sourceless")
             or settings.is_on("recursive_version_locations")
         ):
@@ -870,8 +828,7 @@ class Alembic:
         if not found[0] or any(rows != found[0] for rows in found):
             return False  # without a look at the files, which costs most
 
-        heads = _quick_heads(settings.locations)
-        return heads is not None and sorted(heads) == found[0]
+        return sorted(_quick_heads(settings.locations) or ()) == found[0]
 
     def _check_template(self) -> None:
         """Refuse a template that would write a file without its operations."""
@@ -886,43 +843,30 @@ class Alembic:
 
         if bad := [name for name in names if not name.isidentifier()]:
             raise FlaskAlembicError(
-                f"Names of several databases become names of functions; {_quoted(bad)}"
-                " cannot. Rename the keys of 'metadatas'."
+                f"Several databases name functions, which {_quoted(bad)} cannot:"
+                " rename the keys of 'metadatas'."
             )
 
         with open(template, encoding="utf-8") as file:
             if "_upgrades" not in file.read():
                 raise FlaskAlembicError(
-                    f"'{template}' writes revisions for one database, but there are"
-                    f" {len(names)}. Move it away, then run 'flask db mkdir'."
+                    f"'{template}' is for one database, but there are several: move it"
+                    " away, then run 'flask db mkdir'."
                 )
 
     def _free_id(self, script: ScriptDirectory, wanted: str | None) -> str:
-        """An id that no revision has."""
-        every = script.walk_revisions()
-        taken = {x for each in every for x in (each.revision, *each.branch_labels)}
+        """An id that no revision or branch has."""
+        new = str(self.rev_id()) if wanted is None else wanted
 
-        if wanted in taken:
-            raise _command_error(f"There is a revision or branch '{wanted}' already.")
+        while wanted is None and new.isdecimal() and not _unknown(script, (new,)):
+            new = str(int(new) + 1).zfill(len(new))
 
-        if wanted is not None:
-            if wanted in _SYMBOLS or not re.fullmatch(r"\w[\w.]*", wanted):
-                raise _command_error(f"'{wanted}' cannot be a revision id.")
+        _refuse_labels(script, [new])
 
-            return wanted
+        if not re.fullmatch(r"\w[\w.]*", new):
+            raise _command_error(f"'{new}' cannot be a revision id.")
 
-        new = ""
-
-        for _ in range(100):
-            new = str(self.rev_id())
-
-            while new.isdecimal() and new in taken:
-                new = str(int(new) + 1).zfill(len(new))
-
-            if new not in taken:
-                return new
-
-        raise _command_error(f"'rev_id' makes only ids that are taken, as '{new}'.")
+        return new
 
 
 # -- State -----------------------------------------------------------------------------
@@ -934,12 +878,9 @@ class Alembic:
 class _Cache:
     """What is kept for one application: its configuration and its revision files."""
 
-    def __init__(self, extension: Alembic) -> None:
-        self.config: Config | None = None
-        self._extension = weakref.proxy(extension)
-        self._settings: _Settings | None = None
-        self._scripts: tuple[Config, t.Any, ScriptDirectory] | None = None
-        self._lock = threading.RLock()
+    config: Config | None = None
+    _settings: _Settings | None = None
+    _scripts: tuple[Config, t.Any, ScriptDirectory] | None = None
 
     @property
     def settings(self) -> _Settings:
@@ -949,24 +890,21 @@ class _Cache:
     def clear(self) -> None:
         """Forget all, and give back what this application context holds open."""
         self.config = self._settings = self._scripts = None
-        scope: _Scope | None = self._extension._scope()
 
-        while scope:
+        for scope in (*g.get("_flask_alembic", {}).values(), *_scopes.get()):
             scope.close()
-            scope = scope.outer
 
     def load_scripts(self, config: Config) -> ScriptDirectory:
         """The revision files, read again when they have changed."""
-        # Two threads must not load twice, and neither may see half a history.
-        with self._lock:
-            known = self._scripts
+        # Two threads may load at once; neither sees half a history.
+        known = self._scripts
 
-            if known and known[0] is config and known[1] == _script_signature(known[2]):
-                return known[2]
+        if known and known[0] is config and known[1] == _script_signature(known[2]):
+            return known[2]
 
-            script, signature = _load_scripts(config)
-            self._scripts = (config, signature, script)
-            return script
+        script, signature = _load_scripts(config)
+        self._scripts = (config, signature, script)
+        return script
 
 
 class _Scope:
@@ -979,21 +917,19 @@ class _Scope:
         tag: str | None = None,
         x: XArguments = None,
     ) -> None:
-        self.outer = outer
+        self.outer, self.tag, self.x = outer, tag, _x_list(x)
         self.base: _Scope = outer.base if outer else self
-        self.tag = tag
-        self.x = _x_list(x)
         self.environment: EnvironmentContext | None = None
-        # Only the innermost scope opens anything, so a copy knows all that is open.
-        self.contexts: dict[str, MigrationContext] = {**outer.contexts} if outer else {}
-        self.ops: dict[MigrationContext, Operations] = {}
         #: The revisions that the last run completed, by id.
         self.ran: dict[str, Script] = {}
-        self._targets = targets
-        self.connections: dict[str, sa.Connection] = (
-            {**outer.connections} if outer else {}
-        )
-        self._open = contextlib.ExitStack()
+        # Only the innermost scope opens anything, so a copy knows all that is open.
+        self.contexts: dict[str, MigrationContext] = {}
+        self.connections: dict[str, sa.Connection] = {}
+        self._targets, self._open = targets, contextlib.ExitStack()
+
+        if outer:
+            self.contexts |= outer.contexts
+            self.connections |= outer.connections
 
     def __enter__(self) -> _Scope:
         self._token = _scopes.set((*_scopes.get(), self))
@@ -1005,13 +941,12 @@ class _Scope:
 
     def targets(self, extension: Alembic) -> dict[str, _Target]:
         """The databases of this scope: those that were asked for, or all."""
-        if self._targets is None:
-            self._targets = (
-                self.outer.targets(extension)
-                if self.outer
-                else _find_targets(extension.metadatas, extension.engines)
-            )
+        if self._targets is None and self.outer:
+            return self.outer.targets(extension)
 
+        self._targets = self._targets or _find_targets(
+            extension.metadatas, extension.engines
+        )
         return self._targets
 
     def names(self, extension: Alembic) -> list[str]:
@@ -1036,7 +971,6 @@ class _Scope:
         """Give every connection that was opened here back to its pool."""
         self.environment = None
         self.contexts.clear()
-        self.ops.clear()
         self.connections.clear()
         self._open.close()
 
@@ -1052,10 +986,9 @@ _scopes: t.Final[ContextVar[tuple[_Scope, ...]]] = ContextVar(
 class _Settings(t.NamedTuple):
     """``app.config["ALEMBIC"]``, checked and cast."""
 
-    #: Absolute path of the migrations folder.
     script_location: str
     #: Branch (or none) and absolute path of each version location.
-    branches: tuple[tuple[str | None, str], ...]
+    branches: list[tuple[str | None, str]]
     #: Where to resolve further relative paths.
     root: str
     #: Sections of ``alembic.ini``, the main one under ``""``; ready for ConfigParser.
@@ -1064,7 +997,7 @@ class _Settings(t.NamedTuple):
     migration_lock_timeout: float | None
     lock_timeout: float | None
     statement_timeout: float | None
-    exclude_tables: tuple[str, ...]
+    exclude_tables: cabc.Sequence[str]
 
     @property
     def locations(self) -> list[str]:
@@ -1086,6 +1019,30 @@ _OWN_DEFAULTS: t.Final[dict[str, t.Any]] = {
     "exclude_tables": [],
 }
 _JOINTS: t.Final = {"space": " ", "newline": "\n", "os": os.pathsep, ":": ":", ";": ";"}
+_HOOK: t.Final[t.Any] = cabc.Callable | None
+#: The types of values; ``float`` stands for seconds, or none.
+_KINDS: t.Final[dict[str, t.Any]] = {
+    "migration_lock": bool,
+    "migration_lock_timeout": float,
+    "lock_timeout": float,
+    "statement_timeout": float,
+    "exclude_tables": str,
+    "include_name": _HOOK,
+    "include_object": _HOOK,
+    "render_item": _HOOK,
+    "process_revision_directives": _HOOK,
+    "on_version_apply": cabc.Callable,
+    "compare_type": _HOOK | bool,
+    "compare_server_default": _HOOK | bool,
+    # What 'configure' takes without naming it.
+    "version_table": str,
+    "version_table_schema": str | None,
+    "version_table_pk": bool,
+    "mssql_batch_separator": str,
+    "oracle_batch_separator": str,
+}
+#: What is not for ``ALEMBIC_CONTEXT``.
+_OURS: t.Final = {"self", "kw", "connection", "url", *_OWN_DEFAULTS}
 
 
 def _bad_value(key: str, value: t.Any, expected: str) -> FlaskAlembicError:
@@ -1109,153 +1066,133 @@ def _read_settings(app: Flask) -> _Settings:
     """Read, check and cast ``app.config["ALEMBIC"]``: the only place that does."""
     options = dict(_config_dict(app, "ALEMBIC"))
     own = {key: options.pop(key, default) for key, default in _OWN_DEFAULTS.items()}
-    _refuse_misspelt(options)
+    _check("ALEMBIC", own)
 
-    for key in ("migration_lock_timeout", "lock_timeout", "statement_timeout"):
-        value = own[key]
-        good = isinstance(value, int | float | None) and not isinstance(value, bool)
+    for key in options:
+        if re.search("_lock|_timeout|^exclude", key):
+            raise FlaskAlembicError(
+                f"ALEMBIC has an unknown key '{key}'; ours are {_quoted(own)}."
+            )
 
-        if not good or not 0 <= (value or 0) < 10**9:
-            raise _bad_value(key, value, "a number of seconds, or None")
-
-    if not isinstance(own["migration_lock"], bool):
-        raise _bad_value("migration_lock", own["migration_lock"], "True or False")
-
-    globs = own["exclude_tables"]
-
-    if not isinstance(globs, list | tuple) or any(
-        not isinstance(x, str) for x in globs
-    ):
-        raise _bad_value("exclude_tables", globs, "a list of globs")
-
-    separator = options.get("path_separator", "os")
+    separator = options.pop("path_separator", "os")
 
     if separator not in [*_JOINTS]:
         raise _bad_value("path_separator", separator, f"one of {_quoted(_JOINTS)}")
 
     joint = _JOINTS[separator]
-    location = options.pop("script_location", None)
-    further = options.pop("version_locations", None)
+    location = options.pop("script_location", None) or "migrations"
     root = os.path.abspath(app.root_path)
-    home = _folder(root, location or "migrations", "script_location")
+    home = _folder(root, location, "script_location")
 
-    if location in (None, "migrations") and not os.path.isdir(home):
+    if location == "migrations" and not os.path.isdir(home):
         # Flask-Migrate's folder is where its commands ran: beside the package.
         beside = os.path.join(os.path.dirname(root), "migrations")
+        home = beside if _is_nested(beside) else home
 
-        if os.path.isfile(os.path.join(beside, "env.py")) and _is_nested(beside):
-            home = beside
-
+    further = options.pop("version_locations", None)
+    own["exclude_tables"] = _as_list(own["exclude_tables"])
     branches = _version_locations(root, home, further, joint)
-    folders = dict.fromkeys(path for _, path in branches)
+    settings = _Settings(home, branches, root, {}, **own)
 
-    if any(joint in path for path in folders):
-        raise FlaskAlembicError(
-            f"A folder of {_quoted(folders)} contains the separator of paths: set"
-            " ALEMBIC['path_separator'] to another one, such as 'newline'."
-        )
+    if any(joint in path for path in settings.locations):
+        raise _bad_value("path_separator", separator, "one that is in no folder's name")
 
     # These two are literal paths: a percent sign in them stands for itself.
-    places = {"script_location": home, "version_locations": joint.join(folders)}
-    main = {key: value.replace("%", "%%") for key, value in places.items()}
-    sections = {"": main}
-    known = "|".join(map(re.escape, {*options, *main, "here"}))
-    # A doubled sign, or one that does not begin a reference to another key.
-    sign = re.compile(rf"%(?:%|(?!\((?:{known})\)s))")
+    settings.sections[""] = {
+        "script_location": home.replace("%", "%%"),
+        "version_locations": joint.join(settings.locations).replace("%", "%%"),
+        "path_separator": separator,
+    }
 
     for key, value in options.items():
-        if isinstance(value, dict):
-            sections[key] = {
-                f"{name}": _cast(f"{key}']['{name}", each, sign, ", ")
-                for name, each in value.items()
-                if each is not None
-            }
-        elif value is not None:
-            is_path = key == "prepend_sys_path"
-            main[key] = _cast(key, value, sign, joint if is_path else ", ")
+        name, items = (key, value) if isinstance(value, dict) else ("", {key: value})
+        section = settings.sections.setdefault(name, {})
 
-    own["exclude_tables"] = tuple(globs)
-    return _Settings(home, branches, root, sections, **own)
+        for option, each in items.items():
+            if each is not None:
+                section[str(option)] = _cast(key, each)
+
+    return settings
 
 
-def _refuse_misspelt(options: cabc.Iterable[str]) -> None:
-    """Refuse a key that is nearly one of ours: passed on, it would do nothing."""
-    for key in options:
-        if re.search("lock|timeout|exclude", key):
-            import difflib
+def _check(name: str, options: dict[str, t.Any]) -> None:
+    """Refuse values over which Alembic or a server would stumble late, if at all."""
+    for key, value in options.items():
+        kind = _KINDS.get(key, object)
+        several = key in ("exclude_tables", "on_version_apply")
+        good = all(
+            isinstance(x, kind) for x in (_as_list(value) if several else [value])
+        )
 
-            for near in difflib.get_close_matches(key, _OWN_DEFAULTS, 1, 0.75):
-                raise FlaskAlembicError(
-                    f"ALEMBIC has an unknown key '{key}': did you mean '{near}'?"
-                )
+        if kind is float:
+            # A bool is an int.
+            good = value is None or (type(value) in (int, float) and 0 <= value < 10**9)
+
+        if not good:
+            raise FlaskAlembicError(f"{name}['{key}'] cannot be {value!r}.")
 
 
-def _cast(key: str, value: t.Any, sign: re.Pattern[str], joint: str) -> str:
+def _cast(key: str, value: t.Any) -> str:
     """A value as ConfigParser takes it: a string whose percent signs are doubled."""
     if isinstance(value, bool):
         return str(value).lower()
 
     if isinstance(value, list | tuple):
-        return joint.join(_cast(key, each, sign, joint) for each in value)
+        return ", ".join(_cast(key, each) for each in value)
 
     if not isinstance(value, (str, int, os.PathLike)):
         raise _bad_value(key, value, "a str, int, bool, Path or list of them")
 
-    return sign.sub("%%", str(value if isinstance(value, int) else os.fspath(value)))
+    return re.sub("%%?", "%%", str(value))
 
 
 def _folder(root: str, value: t.Any, key: str) -> str:
     """The absolute path of a folder, given as a path or as ``package:folder``."""
-    path = os.fspath(value) if isinstance(value, (str, os.PathLike)) else None
-
-    if not path or not isinstance(path, str):
-        raise _bad_value(key, value, "a path")
-
+    path = str(value) if isinstance(value, (str, os.PathLike)) else ""
     path = path.replace("%%", "%")  # as ConfigParser has it
     package, colon, rest = path.partition(":")
 
-    if not colon or os.path.isabs(path) or not package.replace(".", "").isidentifier():
-        return os.path.normpath(os.path.join(root, path))
+    if not path:
+        raise _bad_value(key, value, "a path")
 
-    import importlib.util
+    if colon and not os.path.isabs(path) and package.replace(".", "").isidentifier():
+        import importlib.util
 
-    try:
-        spec = importlib.util.find_spec(package)
-    except (ImportError, ValueError):
         spec = None
 
-    if spec is None or not spec.submodule_search_locations:
-        raise _bad_value(key, value, f"a path; there is no package '{package}'")
+        with contextlib.suppress(ImportError, ValueError):
+            spec = importlib.util.find_spec(package)
 
-    return os.path.normpath(os.path.join(spec.submodule_search_locations[0], rest))
+        if spec is None or not spec.submodule_search_locations:
+            raise _bad_value(key, value, f"a path; there is no package '{package}'")
+
+        root, path = spec.submodule_search_locations[0], rest
+
+    return os.path.normpath(os.path.join(root, path))
 
 
 def _version_locations(
     root: str, home: str, value: t.Any, joint: str
-) -> tuple[tuple[str | None, str], ...]:
+) -> list[tuple[str | None, str]]:
     """The version locations: the migrations folder, then those that are configured."""
     key = "version_locations"
 
     if isinstance(value, str):
-        value = [each.strip() for each in value.split(joint) if each.strip()]
-
-    if not isinstance(value, list | tuple | None):
-        raise _bad_value(key, value, "a list of paths and (branch, path) pairs")
+        value = [*filter(None, map(str.strip, value.split(joint)))]
 
     # Flask-Migrate and Alembic keep revisions in 'versions', beside an 'env.py' that we
     # must not run; the predecessor keeps them in the folder itself.
     own = os.path.join(home, "versions") if _is_nested(home) else home
     found: list[tuple[str | None, str]] = [(None, own)]
 
-    for item in value or ():
-        pair = item if isinstance(item, list | tuple) else ("", item)
+    for item in _as_list(value):
+        match item:
+            case [str(branch), path]:
+                found.append((branch, _folder(root, path, key)))
+            case _:
+                found.append((None, _folder(root, item, key)))
 
-        if len(pair) != 2 or not isinstance(pair[0], str):
-            raise _bad_value(key, item, "a path or a (branch, path) pair")
-
-        found.append((pair[0] or None, _folder(root, pair[1], key)))
-
-    return tuple(found)
+    return found
 
 
 def _is_nested(home: str) -> bool:
@@ -1267,7 +1204,24 @@ def _is_nested(home: str) -> bool:
     return files <= {"__init__.py"} or "env.py" in files
 
 
-def _alembic_config(settings: _Settings, names: cabc.Sequence[str]) -> Config:
+def _time_zone(name: str) -> None:
+    from zoneinfo import ZoneInfo
+
+    try:
+        ZoneInfo(name)
+    except KeyError:
+        ZoneInfo(name.upper())  # as Alembic does
+
+
+#: What fails for a value that Alembic would stumble over when it writes a file.
+_TRIALS: t.Final[dict[str, cabc.Callable[[str], t.Any]]] = {
+    "truncate_slug_length": int,
+    "output_encoding": "".encode,
+    "timezone": _time_zone,
+}
+
+
+def _alembic_config(settings: _Settings) -> Config:
     """Alembic's own configuration object, holding the settings."""
     from alembic.config import Config
 
@@ -1275,11 +1229,13 @@ def _alembic_config(settings: _Settings, names: cabc.Sequence[str]) -> Config:
 
     for section, options in settings.sections.items():
         for key, value in options.items():
-            config.set_section_option(section or config.config_ini_section, key, value)
-
-    if len(names) > 1:
-        # Alembic's template for several databases asks for it.
-        config.set_main_option("databases", ", ".join(names))
+            try:
+                config.set_section_option(section or "alembic", key, value)
+                _TRIALS.get(f"{section}{key}", str)(value)
+            except (ValueError, LookupError) as error:
+                raise FlaskAlembicError(
+                    f"ALEMBIC['{section or key}'] cannot be used: {error}."
+                ) from error
 
     return config
 
@@ -1301,16 +1257,20 @@ def _x_list(x: XArguments) -> list[str]:
     if isinstance(x, cabc.Mapping):
         return [f"{key}={value}" for key, value in x.items()]
 
-    return [x] if isinstance(x, str) else [*(x or ())]
+    return _as_list(x)
 
 
 def _own_options(name: str) -> dict[str, t.Any]:
     """The ``configure`` options of one database: the common ones, then its own."""
     options = dict(_config_dict(current_app, "ALEMBIC_CONTEXT"))
-    own = options.pop(name, None)
-    options |= own if isinstance(own, dict) else {}
+
+    if isinstance(options.get(name), dict):
+        options |= options.pop(name)
+
+    _check("ALEMBIC_CONTEXT", options)
     # An empty schema, as from an environment variable, is none.
-    return {k: v for k, v in options.items() if (k, v) != ("version_table_schema", "")}
+    options["version_table_schema"] = options.get("version_table_schema") or None
+    return options
 
 
 def _options(
@@ -1323,18 +1283,18 @@ def _options(
 
     targets = extension._scope().base.targets(extension)
     options = _own_options(name)
-    parameters = inspect.signature(EnvironmentContext.configure).parameters
+    named = inspect.signature(EnvironmentContext.configure).parameters
+    known = {*named, *_KINDS} - _OURS
 
-    # The other databases' own options: dicts that 'configure' does not know.
     for key, value in [*options.items()]:
-        if isinstance(value, dict) and key not in parameters:
-            if key not in targets and key not in extension.engines:
-                raise FlaskAlembicError(
-                    f"ALEMBIC_CONTEXT has options for '{key}', which is no database:"
-                    f" there are {_quoted(targets)}."
-                )
-
-            del options[key]
+        if isinstance(value, dict) and (key in targets or key in extension.engines):
+            del options[key]  # another database's own
+        elif key not in known:
+            raise FlaskAlembicError(
+                f"ALEMBIC_CONTEXT has '{key}', which is neither an option of Alembic's"
+                " 'configure' that you can set, nor a database: there are"
+                f" {_quoted(targets)}."
+            )
 
     if targets[name].engine.dialect.name == "sqlite":
         # SQLite can alter little in place, and does roll DDL back when it is asked to.

@@ -729,6 +729,34 @@ def test_rev_id_can_be_overridden(app: Flask) -> None:
         assert ids(made) == ["0001", "0002", "0003"]
 
 
+@pytest.mark.parametrize("made", ["taken", "a-b", "head"])
+def test_rev_id_that_cannot_be_one_is_refused(
+    app: Flask, monkeypatch: pytest.MonkeyPatch, made: str
+) -> None:
+    """As it is when it is typed; nothing is written."""
+    write_history(app, "taken")
+    extension = build_sqlite(app)
+    monkeypatch.setattr(extension, "rev_id", lambda: made)
+
+    with app.app_context(), pytest.raises(CommandError, match=f"'{made}'"):
+        extension.revision("x", empty=True)
+
+    assert files(app) == {"taken.py"}
+
+
+def test_merge_stays_in_the_folder_of_its_branch(app: Flask) -> None:
+    app.config["ALEMBIC"] = {"version_locations": [("shop", "shop_migrations")]}
+    folder = pathlib.Path(app.root_path, "shop_migrations")
+    write_history(app, "main")
+    write_revision(folder, "aa", labels="shop")
+    write_revision(folder, "bb", "aa")
+    write_revision(folder, "cc", "aa")
+    extension = build_sqlite(app)
+
+    with app.app_context():
+        assert pathlib.Path(extension.merge(["bb", "cc"]).path).parent == folder
+
+
 def test_merge(app: Flask) -> None:
     folder = write_history(app, "aa", "bb")
     write_revision(folder, "cc", "aa")
@@ -1880,6 +1908,11 @@ def test_configuration_that_is_no_dict(app: Flask, name: str, value: object) -> 
         ("statement_timeout", []),
         ("exclude_tables", [5]),
         ("exclude_tables", 5),
+        ("migration_lock_timout", 5),
+        ("statement_timeouts", 5),
+        ("exclude_table", []),
+        ("lock_timeout", True),
+        ("path_separator", ["os"]),
     ],
 )
 def test_wrong_key_or_value(app: Flask, key: object, value: object) -> None:
@@ -1891,6 +1924,90 @@ def test_wrong_key_or_value(app: Flask, key: object, value: object) -> None:
 
         with app.app_context():
             extension.upgrade()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("truncate_slug_length", "abc"),
+        ("output_encoding", "nope"),
+        ("timezone", "No/Where"),
+        ("timezone", "../x"),
+        ("DEFAULT", {"key": "value"}),
+    ],
+)
+def test_value_that_alembic_cannot_use(app: Flask, key: str, value: object) -> None:
+    """The key is named, and no file is written."""
+    app.config["ALEMBIC"] = {key: value}
+    extension = build_sqlite(app)
+
+    with app.app_context(), pytest.raises(FlaskAlembicError, match=rf"'{key}'"):
+        extension.revision("x", empty=True)
+
+    assert files(app) == set()
+
+
+@pytest.mark.parametrize("zone", ["utc", "Europe/Berlin"])
+def test_time_zone_is_found_as_alembic_finds_it(app: Flask, zone: str) -> None:
+    app.config["ALEMBIC"] = {"timezone": zone}
+    extension = build_sqlite(app)
+
+    with app.app_context():
+        assert len(extension.revision("x", empty=True)) == 1
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("version_table", 5),
+        ("version_table", None),
+        ("version_table_schema", 5),
+        ("connection", None),
+        ("url", "sqlite://"),
+        ("as_sql", True),
+        ("include_object", "mine"),
+        ("include_name", True),
+        ("render_item", 5),
+        ("process_revision_directives", []),
+        ("on_version_apply", [5]),
+        ("compare_type", "no"),
+        ("compare_typo", True),
+        ("adit", {"version_table": "other"}),
+    ],
+)
+def test_wrong_context_option(
+    app: Flask, metadata: sa.MetaData, key: str, value: object
+) -> None:
+    """It is named before anything is run or written."""
+    write_history(app, "aa")
+    app.config["ALEMBIC_CONTEXT"] = {key: value}
+    extension = build_sqlite(app, metadata)
+
+    with app.app_context():
+        for call in (extension.upgrade, extension.upgrade_sql, extension.revision):
+            with pytest.raises(FlaskAlembicError, match=f"ALEMBIC_CONTEXT.*'{key}'"):
+                call()
+
+    result = app.test_cli_runner().invoke(args=["db", "upgrade"])
+    assert result.exit_code == 1
+    assert result.output.startswith("Error: ALEMBIC_CONTEXT")
+    assert table_names(sqlite_file(app)) == set()
+
+
+def test_context_options_that_configure_does_not_name(app: Flask) -> None:
+    app.config["ALEMBIC_CONTEXT"] = {
+        "version_table": "mine",
+        "version_table_pk": False,
+        "mssql_batch_separator": "GO",
+        "on_version_apply": [lambda **kwargs: None],
+    }
+    write_history(app, "aa")
+    extension = build_sqlite(app)
+
+    with app.app_context():
+        assert ids(extension.upgrade()) == ["aa"]
+
+    assert table_names(sqlite_file(app)) == {"mine"}
 
 
 @pytest.mark.parametrize("key", ["script_location", "version_locations", "colour"])
@@ -2142,6 +2259,17 @@ def test_one_database_of_several(app: Flask, make_database: MakeDatabase) -> Non
 
     assert table_names(urls["default"]) == {"alembic_version", "users"}
     assert table_names(urls["audit"]) == {"alembic_version"}
+
+
+def test_names_of_databases_have_to_be_identifiers(app: Flask) -> None:
+    """They are parts of the names of functions; one alone may have any name."""
+    urls = {name: f"sqlite:///{app.root_path}/{name}.db" for name in ("one", "my-db")}
+    extension = build_plain(app, urls, {name: sa.MetaData() for name in urls})
+
+    with app.app_context(), pytest.raises(FlaskAlembicError, match="'my-db'"):
+        extension.revision("x", empty=True)
+
+    assert files(app) == set()
 
 
 def test_old_revisions_keep_working(app: Flask, make_database: MakeDatabase) -> None:
