@@ -174,6 +174,9 @@ class MigrationLockTimeout(FlaskAlembicError):
         )
         self.database, self.seconds = database, seconds
 
+    def __reduce__(self) -> tuple[t.Any, ...]:
+        return RuntimeError.__new__, (type(self), *self.args), self.__dict__
+
 
 #: Key in an exception's ``__dict__``: ``"revision"`` when a revision's own code raised
 #: it, ``"connect"`` when the database could not be reached. Types alone do not tell.
@@ -810,11 +813,13 @@ class Alembic:
     def _is_current(self, scope: _Scope, steps: _Steps) -> bool:
         """Whether there is surely nothing to run, found without importing Alembic."""
         settings = self._get_cache().settings
+        names = ["config", "script_directory", "environment_context"]
+        names += ["migration_contexts", "run_migrations"]
 
         if (
+            (steps.kind, steps.target) != ("upgrade", "heads")
             # A subclass may see to it that other files or tables are looked at.
-            type(self) is not Alembic
-            or (steps.kind, steps.target) != ("upgrade", "heads")
+            or any(getattr(type(self), x) is not getattr(Alembic, x) for x in names)
             or settings.is_on("sourceless")
             or settings.is_on("recursive_version_locations")
         ):
@@ -882,6 +887,9 @@ class _Cache:
     _settings: _Settings | None = None
     _scripts: tuple[Config, t.Any, ScriptDirectory] | None = None
 
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+
     @property
     def settings(self) -> _Settings:
         self._settings = self._settings or _read_settings(current_app)
@@ -896,15 +904,16 @@ class _Cache:
 
     def load_scripts(self, config: Config) -> ScriptDirectory:
         """The revision files, read again when they have changed."""
-        # Two threads may load at once; neither sees half a history.
-        known = self._scripts
+        # Many threads that start at once would each load them.
+        with self._lock:
+            known = self._scripts
 
-        if known and known[0] is config and known[1] == _script_signature(known[2]):
-            return known[2]
+            if known and known[0] is config and known[1] == _script_signature(known[2]):
+                return known[2]
 
-        script, signature = _load_scripts(config)
-        self._scripts = (config, signature, script)
-        return script
+            script, signature = _load_scripts(config)
+            self._scripts = (config, signature, script)
+            return script
 
 
 class _Scope:
@@ -1110,7 +1119,8 @@ def _read_settings(app: Flask) -> _Settings:
 
         for option, each in items.items():
             if each is not None:
-                section[str(option)] = _cast(key, each)
+                is_path = option == "prepend_sys_path"
+                section[str(option)] = _cast(key, each, joint if is_path else ", ")
 
     return settings
 
@@ -1132,13 +1142,13 @@ def _check(name: str, options: dict[str, t.Any]) -> None:
             raise FlaskAlembicError(f"{name}['{key}'] cannot be {value!r}.")
 
 
-def _cast(key: str, value: t.Any) -> str:
+def _cast(key: str, value: t.Any, joint: str) -> str:
     """A value as ConfigParser takes it: a string whose percent signs are doubled."""
     if isinstance(value, bool):
         return str(value).lower()
 
     if isinstance(value, list | tuple):
-        return ", ".join(_cast(key, each) for each in value)
+        return joint.join(_cast(key, each, joint) for each in value)
 
     if not isinstance(value, (str, int, os.PathLike)):
         raise _bad_value(key, value, "a str, int, bool, Path or list of them")
@@ -1285,18 +1295,19 @@ def _options(
     options = _own_options(name)
     named = inspect.signature(EnvironmentContext.configure).parameters
     known = {*named, *_KINDS} - _OURS
+    dialect = targets[name].engine.dialect.name
 
     for key, value in [*options.items()]:
         if isinstance(value, dict) and (key in targets or key in extension.engines):
             del options[key]  # another database's own
-        elif key not in known:
+        elif key not in known and not key.startswith(f"{dialect}_"):
             raise FlaskAlembicError(
                 f"ALEMBIC_CONTEXT has '{key}', which is neither an option of Alembic's"
                 " 'configure' that you can set, nor a database: there are"
                 f" {_quoted(targets)}."
             )
 
-    if targets[name].engine.dialect.name == "sqlite":
+    if dialect == "sqlite":
         # SQLite can alter little in place, and does roll DDL back when it is asked to.
         options.setdefault("render_as_batch", True)
         options.setdefault("transactional_ddl", True)
@@ -1658,18 +1669,24 @@ def _load_scripts(config: Config) -> tuple[ScriptDirectory, t.Any]:
 
     known = {each.revision: each for each in loaded}
 
-    # Alembic only warns, and drops one of them.
-    if twice := {x.revision for x in loaded if known[x.revision] is not x}:
-        raise FlaskAlembicError(f"Two files have the revision id {_quoted(twice)}.")
+    for each in loaded:
+        # Alembic only warns of these two.
+        if (other := known[each.revision]) is not each:
+            raise FlaskAlembicError(
+                f"Two files have the revision id '{each.revision}': '{each.path}' and"
+                f" '{other.path}'."
+            )
+
+        if missing := {*_as_list(each.down_revision)} - known.keys():
+            raise _command_error(
+                f"{_title(each)} follows {_quoted(missing)}, which no file has."
+            )
 
     script.revision_map = revision.RevisionMap(lambda: iter(loaded))
 
     try:
-        with warnings.catch_warnings():
-            # The warning says more than the KeyError that would follow it.
-            warnings.filterwarnings("error", "Revision .* is not present")
-            script.get_heads()
-    except (revision.RevisionError, UserWarning) as error:
+        script.get_heads()
+    except revision.RevisionError as error:
         raise _command_error(f"The revision files form no history: {error}") from error
     except KeyError as error:
         message = f"A dependency on {error} fits no revision file."
@@ -2601,7 +2618,7 @@ def _sqlite_guard(
         nonlocal orphans
 
         if orphans is not None:
-            _refuse_orphans(name, orphans, _orphans(cursor))
+            _refuse_orphans(name, cursor, orphans)
             orphans = None  # until the next transaction begins
 
     def commit(_: sa.Connection) -> None:
@@ -2666,13 +2683,16 @@ def _orphans(cursor: t.Any) -> t.Counter[str] | None:
     return Counter(row[0] for row in cursor.fetchall())
 
 
-def _refuse_orphans(
-    name: str, before: t.Counter[str], now: t.Counter[str] | None
-) -> None:
+def _refuse_orphans(name: str, cursor: t.Any, before: t.Counter[str]) -> None:
     """Refuse a transaction that adds rows which refer to nothing."""
+    now = _orphans(cursor)
+    cursor.execute("SELECT name FROM sqlite_master WHERE type = 'table'")
+    tables = {row[0] for row in cursor.fetchall()}
+    renamed = sum(n for table, n in before.items() if table not in tables)
+
     if now is None:
         what = "a foreign key that refers to columns which are not unique"
-    elif added := now - before:
+    elif (added := now - before).total() > renamed:
         what = f"rows in {_quoted(added)} that refer to rows which do not exist"
     else:
         return

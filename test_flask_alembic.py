@@ -1265,7 +1265,7 @@ def break_import(folder: pathlib.Path) -> str:
 def repeat_id(folder: pathlib.Path) -> str:
     """A second file with the id of the first."""
     shutil.copy(folder / "bb.py", folder / "copy_of_it.py")
-    return "bb"
+    return "'bb'.*(bb.py.*copy_of_it.py|copy_of_it.py.*bb.py)"
 
 
 def close_loop(folder: pathlib.Path) -> str:
@@ -1277,7 +1277,7 @@ def close_loop(folder: pathlib.Path) -> str:
 def lose_parent(folder: pathlib.Path) -> str:
     """A revision whose parent has no file."""
     write_revision(folder, "cc", "lost_parent")
-    return "lost_parent"
+    return "cc.py.*lost_parent"
 
 
 READS_HISTORY: t.Final[dict[str, cabc.Callable[[Alembic], object]]] = {
@@ -1999,6 +1999,7 @@ def test_context_options_that_configure_does_not_name(app: Flask) -> None:
         "version_table": "mine",
         "version_table_pk": False,
         "mssql_batch_separator": "GO",
+        "sqlite_own": 1,
         "on_version_apply": [lambda **kwargs: None],
     }
     write_history(app, "aa")
@@ -2008,6 +2009,15 @@ def test_context_options_that_configure_does_not_name(app: Flask) -> None:
         assert ids(extension.upgrade()) == ["aa"]
 
     assert table_names(sqlite_file(app)) == {"mine"}
+
+
+def test_lists_are_joined_as_alembic_splits_them(app: Flask) -> None:
+    app.config["ALEMBIC"] = {"prepend_sys_path": ["one", "two"], "colours": [1, 2]}
+    extension = build_sqlite(app)
+
+    with app.app_context():
+        assert extension.config.get_prepend_sys_paths_list() == ["one", "two"]
+        assert extension.config.get_main_option("colours") == "1, 2"
 
 
 @pytest.mark.parametrize("key", ["script_location", "version_locations", "colour"])
@@ -4088,6 +4098,14 @@ def test_orphans_that_were_there_before_do_not_block(family: Rig) -> None:
     family.write("bb", "aa", BATCH)
     assert family.upgrade() == ["bb"]
     assert query(family.url, "SELECT count(*) FROM child") == [(4,)]
+
+
+def test_orphans_of_a_renamed_table_do_not_block(family: Rig) -> None:
+    """They have another table's name now, but there are no more of them."""
+    execute(family.url, "INSERT INTO child (id, parent_id) VALUES (4, 99)")
+    family.write("bb", "aa", 'op.rename_table("child", "kid")')
+    assert family.upgrade() == ["bb"]
+    assert query(family.url, "SELECT count(*) FROM kid") == [(4,)]
 
 
 @pytest.mark.parametrize("fails", [False, True], ids=["success", "failure"])
