@@ -254,7 +254,7 @@ class Alembic:
         :raises FlaskAlembicError: If ``ALEMBIC`` or ``ALEMBIC_CONTEXT`` cannot be used.
         """
         app.extensions["alembic"] = self
-        self._caches[app] = _Cache()
+        self._caches[app] = _Cache(self)
         options = _config_dict(app, "ALEMBIC")
         options.setdefault("script_location", "migrations")
         options.setdefault("version_locations", [])
@@ -429,6 +429,7 @@ class Alembic:
         """
         script, settings = self.script_directory, self._get_cache().settings
         self._check_template()
+        _try_values(settings, "output_encoding", "timezone")
         arguments = {
             "message": message,
             "autogenerate": not empty,
@@ -487,7 +488,8 @@ class Alembic:
             splice=splice,
             label=label,
             path=folder if folder in self._get_cache().settings.locations else None,
-            rev_id=rev_id,
+            # An override in a subclass may not know it: it is new.
+            **({} if rev_id is None else {"rev_id": rev_id}),
         )
         return merged
 
@@ -748,7 +750,7 @@ class Alembic:
         return _in_loop(inside) if connects and is_async else inside()
 
     def _migrate(
-        self, kind: t.Any, target: t.Any, purge: bool = False, **options: t.Any
+        self, kind: t.Any, target: t.Any, purge: bool = False, /, **options: t.Any
     ) -> list[Script]:
         """Run steps, and tell which revisions ran, or are current after a stamp."""
         steps = _Steps(self, kind, target, purge=purge)
@@ -763,7 +765,7 @@ class Alembic:
         return self._call(work, **options)
 
     def _sql(
-        self, kind: t.Any, target: t.Any, start: str = "base", **options: t.Any
+        self, kind: t.Any, target: t.Any, start: str = "base", /, **options: t.Any
     ) -> dict[str, str]:
         steps = _Steps(self, kind, target, start)
         live = steps.start == "current"
@@ -887,7 +889,8 @@ class _Cache:
     _settings: _Settings | None = None
     _scripts: tuple[Config, t.Any, ScriptDirectory] | None = None
 
-    def __init__(self) -> None:
+    def __init__(self, extension: Alembic) -> None:
+        self._extension = weakref.proxy(extension)
         self._lock = threading.RLock()
 
     @property
@@ -899,8 +902,11 @@ class _Cache:
         """Forget all, and give back what this application context holds open."""
         self.config = self._settings = self._scripts = None
 
-        for scope in (*g.get("_flask_alembic", {}).values(), *_scopes.get()):
+        scope: _Scope | None = self._extension._scope()
+
+        while scope:
             scope.close()
+            scope = scope.outer
 
     def load_scripts(self, config: Config) -> ScriptDirectory:
         """The revision files, read again when they have changed."""
@@ -1035,20 +1041,31 @@ _KINDS: t.Final[dict[str, t.Any]] = {
     "migration_lock_timeout": float,
     "lock_timeout": float,
     "statement_timeout": float,
-    "exclude_tables": str,
     "include_name": _HOOK,
     "include_object": _HOOK,
     "render_item": _HOOK,
     "process_revision_directives": _HOOK,
-    "on_version_apply": cabc.Callable,
-    "compare_type": _HOOK | bool,
-    "compare_server_default": _HOOK | bool,
+    "compare_type": _HOOK | int,
+    "compare_server_default": _HOOK | int,
+    "template_args": dict,
+    "dialect_opts": (dict, type(None)),
     # What 'configure' takes without naming it.
     "version_table": str,
     "version_table_schema": str | None,
-    "version_table_pk": bool,
-    "mssql_batch_separator": str,
-    "oracle_batch_separator": str,
+    "version_table_pk": int | None,
+    "upgrade_token": str,
+    "downgrade_token": str,
+    "sqlalchemy_module_prefix": str | None,
+    "user_module_prefix": str | None,
+}
+#: What options of dialects begin with; there are more dialects.
+_DIALECTS: t.Final = {"mssql", "mysql", "mariadb", "oracle", "postgresql", "sqlite"}
+_HINTS: t.Final = {
+    "exclude_tables": "; it is a list of globs",
+    **dict.fromkeys(
+        ("migration_lock_timeout", "lock_timeout", "statement_timeout"),
+        "; it is a number of seconds, or None",
+    ),
 }
 #: What is not for ``ALEMBIC_CONTEXT``.
 _OURS: t.Final = {"self", "kw", "connection", "url", *_OWN_DEFAULTS}
@@ -1078,7 +1095,7 @@ def _read_settings(app: Flask) -> _Settings:
     _check("ALEMBIC", own)
 
     for key in options:
-        if re.search("_lock|_timeout|^exclude", key):
+        if re.search(r"^\w*_lock|^\w*_timeout|^exclude_", key):
             raise FlaskAlembicError(
                 f"ALEMBIC has an unknown key '{key}'; ours are {_quoted(own)}."
             )
@@ -1129,17 +1146,22 @@ def _check(name: str, options: dict[str, t.Any]) -> None:
     """Refuse values over which Alembic or a server would stumble late, if at all."""
     for key, value in options.items():
         kind = _KINDS.get(key, object)
-        several = key in ("exclude_tables", "on_version_apply")
-        good = all(
-            isinstance(x, kind) for x in (_as_list(value) if several else [value])
-        )
 
-        if kind is float:
+        if key == "exclude_tables":
+            # A string would be one glob, which most likely matches nothing.
+            good = isinstance(value, list | tuple)
+            good = good and all(isinstance(each, str) for each in value)
+        elif key == "on_version_apply":
+            good = all(map(callable, _as_list(value)))
+        elif kind is float:
             # A bool is an int.
             good = value is None or (type(value) in (int, float) and 0 <= value < 10**9)
+        else:
+            good = isinstance(value, kind)
 
         if not good:
-            raise FlaskAlembicError(f"{name}['{key}'] cannot be {value!r}.")
+            hint = _HINTS.get(key, "")
+            raise FlaskAlembicError(f"{name}['{key}'] cannot be {value!r}{hint}.")
 
 
 def _cast(key: str, value: t.Any, joint: str) -> str:
@@ -1153,17 +1175,20 @@ def _cast(key: str, value: t.Any, joint: str) -> str:
     if not isinstance(value, (str, int, os.PathLike)):
         raise _bad_value(key, value, "a str, int, bool, Path or list of them")
 
-    return re.sub("%%?", "%%", str(value))
+    text = str(value if isinstance(value, int) else os.fspath(value))
+    # Only 'here' is left to ConfigParser: the working directory.
+    return re.sub(r"%(?:%|(?!\(here\)s))", "%%", text)
 
 
 def _folder(root: str, value: t.Any, key: str) -> str:
     """The absolute path of a folder, given as a path or as ``package:folder``."""
-    path = str(value) if isinstance(value, (str, os.PathLike)) else ""
+    path = os.fspath(value) if isinstance(value, (str, os.PathLike)) else None
+
+    if not path or not isinstance(path, str):
+        raise _bad_value(key, value, "a path")
+
     path = path.replace("%%", "%")  # as ConfigParser has it
     package, colon, rest = path.partition(":")
-
-    if not path:
-        raise _bad_value(key, value, "a path")
 
     if colon and not os.path.isabs(path) and package.replace(".", "").isidentifier():
         import importlib.util
@@ -1223,7 +1248,7 @@ def _time_zone(name: str) -> None:
         ZoneInfo(name.upper())  # as Alembic does
 
 
-#: What fails for a value that Alembic would stumble over when it writes a file.
+#: What fails for a value over which Alembic would stumble.
 _TRIALS: t.Final[dict[str, cabc.Callable[[str], t.Any]]] = {
     "truncate_slug_length": int,
     "output_encoding": "".encode,
@@ -1231,18 +1256,30 @@ _TRIALS: t.Final[dict[str, cabc.Callable[[str], t.Any]]] = {
 }
 
 
+def _try_values(settings: _Settings, *keys: str) -> None:
+    """Refuse what cannot be used, where it would be."""
+    for key in keys:
+        try:
+            if value := settings.sections[""].get(key):
+                _TRIALS[key](value)
+        except (ValueError, LookupError) as error:
+            raise FlaskAlembicError(
+                f"ALEMBIC['{key}'] cannot be used: {error}."
+            ) from error
+
+
 def _alembic_config(settings: _Settings) -> Config:
     """Alembic's own configuration object, holding the settings."""
     from alembic.config import Config
 
+    _try_values(settings, "truncate_slug_length")
     config = Config()
 
     for section, options in settings.sections.items():
         for key, value in options.items():
             try:
                 config.set_section_option(section or "alembic", key, value)
-                _TRIALS.get(f"{section}{key}", str)(value)
-            except (ValueError, LookupError) as error:
+            except ValueError as error:
                 raise FlaskAlembicError(
                     f"ALEMBIC['{section or key}'] cannot be used: {error}."
                 ) from error
@@ -1274,8 +1311,8 @@ def _own_options(name: str) -> dict[str, t.Any]:
     """The ``configure`` options of one database: the common ones, then its own."""
     options = dict(_config_dict(current_app, "ALEMBIC_CONTEXT"))
 
-    if isinstance(options.get(name), dict):
-        options |= options.pop(name)
+    if isinstance(options.get(name, ""), dict | None):
+        options |= options.pop(name) or {}
 
     _check("ALEMBIC_CONTEXT", options)
     # An empty schema, as from an environment variable, is none.
@@ -1295,19 +1332,21 @@ def _options(
     options = _own_options(name)
     named = inspect.signature(EnvironmentContext.configure).parameters
     known = {*named, *_KINDS} - _OURS
-    dialect = targets[name].engine.dialect.name
+    dialects = {each.engine.dialect.name for each in targets.values()} | _DIALECTS
 
     for key, value in [*options.items()]:
-        if isinstance(value, dict) and (key in targets or key in extension.engines):
+        is_name = key in targets or key in extension.engines
+
+        if is_name and isinstance(value, dict | None):
             del options[key]  # another database's own
-        elif key not in known and not key.startswith(f"{dialect}_"):
+        elif key not in known and key.partition("_")[0] not in dialects:
             raise FlaskAlembicError(
                 f"ALEMBIC_CONTEXT has '{key}', which is neither an option of Alembic's"
                 " 'configure' that you can set, nor a database: there are"
                 f" {_quoted(targets)}."
             )
 
-    if dialect == "sqlite":
+    if targets[name].engine.dialect.name == "sqlite":
         # SQLite can alter little in place, and does roll DDL back when it is asked to.
         options.setdefault("render_as_batch", True)
         options.setdefault("transactional_ddl", True)
@@ -1610,7 +1649,14 @@ def _in_loop(fn: cabc.Callable[[], _R]) -> _R:
     def run() -> _R:
         # With a factory, it leaves the thread's own event loop alone.
         with asyncio.Runner(loop_factory=asyncio.new_event_loop) as runner:
-            return runner.run(spawn())
+            try:
+                return runner.run(spawn())
+            except KeyboardInterrupt as error:
+                # Raised in place of the cancellation, which has the note.
+                for note in getattr(error.__context__, "__notes__", ()):
+                    error.add_note(note)
+
+                raise
 
     # The public function raises, which would be the context of every error in 'fn'.
     if asyncio._get_running_loop() is None:  # noqa: SLF001
@@ -1792,7 +1838,8 @@ class _Steps:
         self.start, self.purge = str(_identifiers(start)), purge
 
     def __call__(self, rows: t.Any, context: MigrationContext) -> list[t.Any]:
-        script: t.Any = context.script
+        # Read when the lock is held: the files may have changed while we waited.
+        script = context.script = self.extension.script_directory
         rows = tuple(_as_list(rows))
         _refuse_unknown(script, rows, _name_of(context))
 
@@ -1835,12 +1882,8 @@ class _Steps:
 def _pending(extension: Alembic, steps: _Steps) -> dict[str, bool]:
     """Which databases have something to do; nothing is locked or written."""
     found = {}
-    script = extension.script_directory
 
     for name, context in extension.migration_contexts.items():
-        # The application may hold a context that is older than the files.
-        context.script = script
-
         with _left_as_found(context.connection):
             if steps.kind == "ensure-version":
                 # Reading the heads does not tell an empty table from a missing one.
@@ -2065,7 +2108,9 @@ def _arguments(
         if key.startswith(prefix) and callable(value)
     }
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    named = "engine_name" in parameters or (takes_any and sections & {*names})
+    named = "engine_name" in parameters or (
+        takes_any and len(names) > 1 and sections & {*names}
+    )
 
     if not named:
         # Written before there was a second database.
@@ -2258,6 +2303,7 @@ def _run_offline(
     return result
 
 
+@_explained_heads()
 def _refuse_range(script: ScriptDirectory, steps: _Steps) -> None:
     """Refuse a range that has no start, or one that does not lead to its target."""
     kind, start = steps.kind, steps.start
@@ -2447,7 +2493,7 @@ def _server_lock(
     held = False
 
     if connection.dialect.name == "postgresql":
-        key = int(digest[:15], 16)
+        key = int.from_bytes(bytes.fromhex(digest[:16]), signed=True)
         take = f"SELECT pg_try_advisory_lock({key})"
         release = f"SELECT pg_advisory_unlock({key})"
         advice = "SELECT pid FROM pg_locks WHERE locktype = 'advisory' AND granted"
@@ -2785,7 +2831,9 @@ def _refuse_labels(script: ScriptDirectory, labels: cabc.Iterable[str]) -> None:
             raise _command_error(f"There is a branch or revision '{label}' already.")
 
         if label in _SYMBOLS or not re.fullmatch(r"[^\s@:+]+", label):
-            raise _command_error(f"'{label}' cannot be the name of a branch.")
+            raise _command_error(
+                f"'{label}' cannot be the name of a branch or revision."
+            )
 
 
 def _generate(
@@ -3223,7 +3271,17 @@ def _is_default_changed(
             # Today's date is no function, even while the two are equal.
             return True
 
-        return not _is_same_sql(connection, old, new, wanted.type)
+        if _is_same_sql(connection, old, new, wanted.type):
+            return False
+
+        # What has another value each time can be compared as text only, in which the
+        # server may have added parentheses.
+        both = (_sql_key(sql, dialect) for sql in (old, new))
+        keys = {(re.sub("[()]", "", code), strings) for code, strings in both}
+        is_volatile = dialect.name != "sqlite" and not _is_same_sql(
+            connection, old, old, wanted.type
+        )
+        return len(keys) > 1 or not is_volatile
 
     if not is_changed(old, new):
         return False
@@ -3233,10 +3291,9 @@ def _is_default_changed(
     return len(parts[0]) != len(parts[1]) or any(map(is_changed, *parts))
 
 
-_CAST: t.Final = re.compile(
-    r'::\s*("[^"]+"|\w+)(\.("[^"]+"|\w+))?(\s+(varying|precision))?(\s*\([\d\s,]+\))?'
-    r"(\s+with(out)?\s+time\s+zone)?(\[\d*\])*",
-    re.I,
+_CAST: t.Final = (
+    r'(?i)::\s*("[^"]+"|\w+)(\.("[^"]+"|\w+))?(\s+(varying|precision))?'
+    r"(\s*\([\d\s,]+\))?(\s+with(out)?\s+time\s+zone)?(\[\d*\])*"
 )
 
 
@@ -3245,7 +3302,7 @@ def _sql_key(sql: str, dialect: sa.Dialect) -> tuple[str, tuple[str, ...]]:
     escapes = dialect.name in ("mysql", "mariadb")
     string = r"'(?:[^'\\]|''|\\.)*'" if escapes else r"'(?:[^']|'')*'"
     strings = re.findall(string, sql, re.S)
-    code = _CAST.sub("", re.sub(string, "''", sql, flags=re.S))
+    code = re.sub(_CAST, "", re.sub(string, "''", sql, flags=re.S))
     code = re.sub(r"\s+", "", code).lower()
     code = re.sub(r"\(\(((?:[^()]|\(\))*)\)\)", r"(\1)", code)
 
@@ -3417,6 +3474,10 @@ def _make_enums(connection: t.Any, upgrade: t.Any, downgrade: t.Any) -> set[str]
         if not is_table:
             labels = ", ".join(map(literal, enum.enums))
             create = f"CREATE TYPE {type_} AS ENUM ({labels})"
+
+            if connection.dialect.paramstyle in ("format", "pyformat"):
+                create = create.replace("%%", "%")
+
             upgrade.ops.insert(0, ops.ExecuteSQLOp(_with_colons(create)))
             made.add(name)
 
@@ -3833,7 +3894,13 @@ def _read_identifiers(path: str, has_cache: bool = False) -> dict[str, t.Any]:
                 found[wanted[args[at]]] = code.co_consts[args[at - 1]]
 
     if sorted(found) != bound:
-        for node in ast.parse(_source(path)).body:
+        source = _source(path)
+
+        # Bytecode that is out of date, of which the source tells nothing.
+        if has_cache and compile(source, path, "exec", dont_inherit=True) != code:
+            raise ValueError(path)
+
+        for node in ast.parse(source).body:
             match node:
                 case ast.Assign([ast.Name(name)]) | ast.AnnAssign(ast.Name(name)):
                     if name in bound and node.value:

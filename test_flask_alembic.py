@@ -1132,6 +1132,60 @@ def test_invenio_overrides_run_migrations(app: Flask) -> None:
     assert versions(sqlite_file(app)) == {"aa"}
 
 
+def test_clear_leaves_other_extensions_alone(
+    app: Flask, make_engine: MakeEngine
+) -> None:
+    """What another one holds open in the same application context stays open."""
+    one = build_sqlite(app)
+    other = Alembic(
+        app,
+        command_name="",
+        metadatas={"other": sa.MetaData()},
+        engines={"other": make_engine("sqlite://")},
+    )
+
+    with app.app_context():
+        connection = other.migration_context.connection
+        assert connection is not None
+        assert one.migration_context.connection is not connection
+        one._get_cache().clear()
+        assert not connection.closed
+
+
+def test_merge_calls_an_override_of_the_predecessor(app: Flask) -> None:
+    """Whose ``revision`` has no ``rev_id``."""
+
+    class Loud(Alembic):
+        def revision(self, *args: t.Any, **kwargs: t.Any) -> list[Script]:
+            assert "rev_id" not in kwargs
+            return super().revision(*args, **kwargs)
+
+    write_history(app, "aa")
+    write_history(app, "bb")
+    extension = Loud(app, metadatas=sa.MetaData(), engines=keep_engine(app))
+
+    with app.app_context():
+        merged = extension.merge()
+        assert set(t.cast("tuple[str, ...]", merged.down_revision)) == {"aa", "bb"}
+
+
+def test_helper_beside_a_revision_is_no_section(app: Flask) -> None:
+    """With one database, a function is called without a name."""
+    functions = """
+def upgrade_default(engine_name):
+    raise AssertionError
+
+def upgrade(**names):
+    assert names == {}
+"""
+    folder = pathlib.Path(app.root_path, "migrations")
+    write_revision(folder, "aa", functions=functions)
+    extension = build_sqlite(app)
+
+    with app.app_context():
+        assert ids(extension.upgrade()) == ["aa"]
+
+
 def test_named_branches(app: Flask, tmp_path: pathlib.Path) -> None:
     """A branch is started, labelled and placed by naming it."""
     locations = ["other", ("parcels", "parcels/migrations")]
@@ -1343,6 +1397,10 @@ def test_misspelt_option_is_refused(app: Flask) -> None:
 
         with pytest.raises(TypeError, match="datbase"):
             extension.upgrade_sql(datbase="audit")  # type: ignore[call-arg]
+
+        for method in (extension.upgrade, extension.downgrade):
+            with pytest.raises(TypeError, match="purge"):
+                method(purge=True)  # type: ignore[call-arg]
 
 
 @pytest.mark.parametrize(
@@ -1908,6 +1966,8 @@ def test_configuration_that_is_no_dict(app: Flask, name: str, value: object) -> 
         ("statement_timeout", []),
         ("exclude_tables", [5]),
         ("exclude_tables", 5),
+        ("exclude_tables", "spatial_ref_sys, layer"),
+        ("exclude_tables", None),
         ("migration_lock_timout", 5),
         ("statement_timeouts", 5),
         ("exclude_table", []),
@@ -1947,6 +2007,38 @@ def test_value_that_alembic_cannot_use(app: Flask, key: str, value: object) -> N
     assert files(app) == set()
 
 
+@pytest.mark.parametrize("key", ["output_encoding", "timezone"])
+def test_value_for_new_files_stops_nothing_else(app: Flask, key: str) -> None:
+    """An image without time zones can still upgrade."""
+    app.config["ALEMBIC"] = {key: "No/Where"}
+    write_history(app, "aa")
+    extension = build_sqlite(app)
+
+    with app.app_context():
+        assert ids(extension.upgrade()) == ["aa"]
+        assert ids(extension.current()) == ["aa"]
+
+
+def test_here_is_the_working_directory(app: Flask) -> None:
+    """In values of Alembic's, as in its own files; another percent sign is itself."""
+    app.config["ALEMBIC"] = {"tool": "%(here)s/x", "other": "50% %(there)s %%"}
+    extension = build_sqlite(app)
+
+    with app.app_context():
+        tool = extension.config.get_main_option("tool", "")
+        assert pathlib.Path(tool).resolve() == pathlib.Path.cwd() / "x"
+        assert extension.config.get_main_option("other") == "50% %(there)s %"
+
+
+def test_keys_of_alembic_that_look_like_ours_are_passed_on(app: Flask) -> None:
+    app.config["ALEMBIC"] = {"sqlalchemy.pool_timeout": 5, "exclude": {"tables": "x"}}
+    extension = build_sqlite(app)
+
+    with app.app_context():
+        assert extension.config.get_main_option("sqlalchemy.pool_timeout") == "5"
+        assert extension.config.get_section_option("exclude", "tables") == "x"
+
+
 @pytest.mark.parametrize("zone", ["utc", "Europe/Berlin"])
 def test_time_zone_is_found_as_alembic_finds_it(app: Flask, zone: str) -> None:
     app.config["ALEMBIC"] = {"timezone": zone}
@@ -1970,6 +2062,9 @@ def test_time_zone_is_found_as_alembic_finds_it(app: Flask, zone: str) -> None:
         ("render_item", 5),
         ("process_revision_directives", []),
         ("on_version_apply", [5]),
+        ("template_args", "x"),
+        ("sqlalchemy_module_prefix", 5),
+        ("default", 5),
         ("compare_type", "no"),
         ("compare_typo", True),
         ("adit", {"version_table": "other"}),
@@ -2000,6 +2095,9 @@ def test_context_options_that_configure_does_not_name(app: Flask) -> None:
         "version_table_pk": False,
         "mssql_batch_separator": "GO",
         "sqlite_own": 1,
+        "postgresql_own": 1,
+        "compare_type": 1,
+        "default": None,
         "on_version_apply": [lambda **kwargs: None],
     }
     write_history(app, "aa")
@@ -3414,13 +3512,10 @@ def test_timeout_of_the_lock_may_be_a_fraction(
     assert 0.2 <= time.monotonic() - start < 3
 
 
-def test_timeout_of_none_waits_and_says_so(
-    make_rig: MakeRig, url: str, hold_lock: HoldLock, caplog: pytest.LogCaptureFixture
-) -> None:
-    """A waiting process names the database in its log."""
-    rig = make_rig(url, migration_lock_timeout=None)
-    rig.write("aa")
-    held = hold_lock(rig)
+def upgrade_behind(
+    rig: Rig, held: sa.Connection, meanwhile: cabc.Callable[[], object]
+) -> list[str]:
+    """Upgrade, do something while it waits for the lock, and release the lock."""
     waiting = threading.Event()
 
     class Watch(logging.Handler):
@@ -3433,21 +3528,51 @@ def test_timeout_of_none_waits_and_says_so(
     logger.addHandler(watch)
 
     try:
-        with (
-            caplog.at_level(logging.INFO, "flask_alembic"),
-            concurrent.futures.ThreadPoolExecutor() as pool,
-        ):
+        with concurrent.futures.ThreadPoolExecutor() as pool:
             future = pool.submit(rig.upgrade)
 
             try:
                 assert waiting.wait(60)
-                assert rig.versions == set()
+                meanwhile()
             finally:
                 held.close()
 
-            assert future.result(60) == ["aa"]
+            return future.result(60)
     finally:
         logger.removeHandler(watch)
+
+
+def test_timeout_of_none_waits_and_says_so(
+    make_rig: MakeRig, url: str, hold_lock: HoldLock, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A waiting process names the database in its log."""
+    rig = make_rig(url, migration_lock_timeout=None)
+    rig.write("aa")
+    found: list[set[str]] = []
+
+    with caplog.at_level(logging.INFO, "flask_alembic"):
+        ran = upgrade_behind(
+            rig, hold_lock(rig), lambda: found.append(set(rig.versions))
+        )
+
+    assert (ran, found) == (["aa"], [set()])
+
+
+def test_files_are_those_of_after_the_wait(
+    make_rig: MakeRig, url: str, hold_lock: HoldLock, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A file that was mended meanwhile does not run as it was."""
+    rig = make_rig(url, migration_lock_timeout=None)
+    rig.write("aa", None, 'op.create_table("wrong", sa.Column("id", sa.Integer))')
+
+    def mend() -> None:
+        rig.write("aa", None, 'op.create_table("mended", sa.Column("id", sa.Integer))')
+        rig.write("bb", "aa")
+
+    with caplog.at_level(logging.INFO, "flask_alembic"):
+        assert upgrade_behind(rig, hold_lock(rig), mend) == ["aa", "bb"]
+
+    assert rig.tables == {"mended"}
 
 
 @pytest.mark.parametrize("method", ["upgrade", "downgrade", "stamp", "run_migrations"])
@@ -5623,12 +5748,14 @@ def test_interrupt_inside_an_async_statement(
     """
     rig.write("aa", None, body)
 
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt) as info:
         rig.upgrade()
 
+    assert "everything was rolled back" in info.value.__notes__[0]
     assert rig.tables == set()
     rig.write("aa")
     # The exception's frames hold the cursor, and with it SQLite's transaction.
+    del info
     gc.collect()
     assert rig.upgrade() == ["aa"]
 
@@ -6635,6 +6762,8 @@ CHANGES: t.Final[list[tuple[t.Any, t.Any, t.Any]]] = [
     (sa.Date, "2020-01-01", sa.text("(CURRENT_DATE)")),
     (sa.JSON, '{"a": 1}', '{"a": 2}'),
     (sa.Integer, sa.text("(1+2)"), sa.text("(1+3)")),
+    (sa.Integer, sa.text("((1+2)*3)"), sa.text("(1+(2*3))")),
+    (sa.Integer, sa.text("(10-(3-2))"), sa.text("(10-3-2)")),
 ]
 
 
@@ -6664,6 +6793,57 @@ def test_real_changes_of_defaults_are_found(
         alembic.revision("second")
         alembic.upgrade()
         assert alembic.compare_metadata() == []
+
+
+@pytest.mark.postgresql
+def test_defaults_with_another_value_each_time_are_compared_as_text(
+    app: Flask, make_database: MakeDatabase, metadata: sa.MetaData
+) -> None:
+    """The server writes them with casts and parentheses of its own."""
+    url = make_database("postgresql")
+    alembic = build_plain(app, {"default": url}, {"default": metadata})
+    texts = [
+        "(random()*10)::int",
+        "length(substr(gen_random_uuid()::text, 1, 8))",
+        "(random()*20)::int",
+    ]
+
+    def define(*texts: str) -> None:
+        metadata.clear()
+        columns = [
+            sa.Column(f"c{n}", sa.Integer, server_default=sa.text(text))
+            for n, text in enumerate(texts)
+        ]
+        sa.Table("t", metadata, sa.Column("id", sa.Integer, primary_key=True), *columns)
+
+    define(texts[0], texts[1])
+
+    with app.app_context():
+        alembic.revision("first")
+        alembic.upgrade()
+        assert alembic.compare_metadata() == []
+        define(texts[2], texts[1])
+        assert [each[3] for (each,) in alembic.compare_metadata()] == ["c0"]
+
+
+@pytest.mark.postgresql
+def test_enum_of_a_new_column_may_have_percent_signs(
+    app: Flask, make_database: MakeDatabase, metadata: sa.MetaData
+) -> None:
+    url = make_database("postgresql")
+    alembic = build_plain(app, {"default": url}, {"default": metadata})
+    table = sa.Table("t", metadata, sa.Column("id", sa.Integer, primary_key=True))
+
+    with app.app_context():
+        alembic.revision("first")
+        alembic.upgrade()
+        table.append_column(sa.Column("share", sa.Enum("50%", "a:b", name="shares")))
+        alembic.revision("second")
+        alembic.upgrade()
+        assert alembic.compare_metadata() == []
+
+    execute(url, "INSERT INTO t (id, share) VALUES (1, '50%')")
+    assert query(url, "SELECT share FROM t") == [("50%",)]
 
 
 @pytest.mark.parametrize("answer", [True, False, None])
@@ -7154,6 +7334,17 @@ def test_quick_heads_reads_the_bytecode_that_alembic_runs(
 
     os.utime(tmp_path / "a.py", ns=(0, 0))
     assert _quick_heads([location]) == frozenset({"z"})
+
+
+def test_quick_heads_doubts_bytecode_of_another_source(tmp_path: pathlib.Path) -> None:
+    """A value that the bytecode does not show is read from the source it is of."""
+    source = "revision = 'b'\ndown_revision = ['a']\n" + _QUICK_UNDO
+    location = _quick_write(tmp_path, a=_QUICK_A + _QUICK_UNDO, b=source)
+    unchecked = py_compile.PycInvalidationMode.UNCHECKED_HASH
+    py_compile.compile(str(tmp_path / "b.py"), invalidation_mode=unchecked)
+    assert _quick_heads([location]) == frozenset({"b"})
+    _quick_write(tmp_path, b=source.replace("['a']", "['a', 'z']"))
+    assert _quick_heads([location]) is None
 
 
 #: Code that changes nothing, wherever it can stand.
@@ -7870,6 +8061,17 @@ def test_stamp_sql_takes_a_range(shop: Flask, shop_url: str) -> None:
     script = db_stdout(shop, "stamp", "--sql", "1a2b3c:2b3c4d")
     assert "UPDATE alembic_version SET version_num='2b3c4d'" in script
     assert not table_names(shop_url)
+
+
+def test_sql_names_several_heads(app: Flask) -> None:
+    """As the upgrade itself does, with the line to type."""
+    write_history(app, "aa")
+    write_history(app, "bb")
+    build_sqlite(app)
+    result = app.test_cli_runner().invoke(args=["db", "upgrade", "head", "--sql"])
+    assert result.exit_code == 1
+    assert "aa, bb" in result.stderr
+    assert "flask db merge" in result.stderr
 
 
 def test_sql_of_several_databases_has_headers(pair: Flask) -> None:
