@@ -2098,10 +2098,12 @@ def test_context_options_that_configure_does_not_name(app: Flask) -> None:
         "postgresql_own": 1,
         "compare_type": 1,
         "default": None,
+        "spare": None,
         "on_version_apply": [lambda **kwargs: None],
     }
     write_history(app, "aa")
     extension = build_sqlite(app)
+    extension.engines["spare"] = extension.engines["default"]
 
     with app.app_context():
         assert ids(extension.upgrade()) == ["aa"]
@@ -7339,11 +7341,12 @@ def test_quick_heads_reads_the_bytecode_that_alembic_runs(
 def test_quick_heads_doubts_bytecode_of_another_source(tmp_path: pathlib.Path) -> None:
     """A value that the bytecode does not show is read from the source it is of."""
     source = "revision = 'b'\ndown_revision = ['a']\n" + _QUICK_UNDO
-    location = _quick_write(tmp_path, a=_QUICK_A + _QUICK_UNDO, b=source)
+    other = _QUICK_A.replace("'a'", "'c'") + _QUICK_UNDO
+    location = _quick_write(tmp_path, a=_QUICK_A + _QUICK_UNDO, b=source, c=other)
     unchecked = py_compile.PycInvalidationMode.UNCHECKED_HASH
     py_compile.compile(str(tmp_path / "b.py"), invalidation_mode=unchecked)
-    assert _quick_heads([location]) == frozenset({"b"})
-    _quick_write(tmp_path, b=source.replace("['a']", "['a', 'z']"))
+    assert _quick_heads([location]) == frozenset({"b", "c"})
+    _quick_write(tmp_path, b=source.replace("['a']", "['c']"))
     assert _quick_heads([location]) is None
 
 
