@@ -172,7 +172,8 @@ class MigrationLockTimeout(FlaskAlembicError):
             " Set 'migration_lock_timeout' in ALEMBIC to wait longer, or"
             " 'migration_lock' to False to go without the lock."
         )
-        self.database, self.seconds = database, seconds
+        self.database = database
+        self.seconds = seconds
 
     def __reduce__(self) -> tuple[t.Any, ...]:
         return RuntimeError.__new__, (type(self), *self.args), self.__dict__
@@ -233,7 +234,8 @@ class Alembic:
         metadatas: MetadataOption | cabc.Mapping[str, MetadataOption] | None = None,
         engines: EngineOption | cabc.Mapping[str, EngineOption] | None = None,
     ) -> None:
-        self.run_mkdir, self.command_name = run_mkdir, command_name
+        self.run_mkdir = run_mkdir
+        self.command_name = command_name
         #: Metadata by database name, as given; empty when detection finds them.
         self.metadatas: dict[str, MetadataOption] = _by_name(metadatas)
         #: Engines by database name, as given.

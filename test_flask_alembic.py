@@ -6805,15 +6805,15 @@ def test_defaults_with_another_value_each_time_are_compared_as_text(
     url = make_database("postgresql")
     alembic = build_plain(app, {"default": url}, {"default": metadata})
     texts = [
-        "(random()*10)::int",
-        "length(substr(gen_random_uuid()::text, 1, 8))",
-        "(random()*20)::int",
+        "(random()*10)::text",
+        "substr(gen_random_uuid()::text, 1, 8)",
+        "(random()*20)::text",
     ]
 
     def define(*texts: str) -> None:
         metadata.clear()
         columns = [
-            sa.Column(f"c{n}", sa.Integer, server_default=sa.text(text))
+            sa.Column(f"c{n}", sa.Text, server_default=sa.text(text))
             for n, text in enumerate(texts)
         ]
         sa.Table("t", metadata, sa.Column("id", sa.Integer, primary_key=True), *columns)
