@@ -471,7 +471,7 @@ class Alembic:
         :raises CommandError: If there are fewer than two, or a label is taken.
         """
         script = self.script_directory
-        labels = {x for each in script.walk_revisions() for x in each.branch_labels}
+        labels = _branch_labels(script)
         names = _as_list(_identifiers(revisions))
         wanted = [f"{name}@head" if name in labels else name for name in names]
         found = {s.revision: s for name in wanted for s in _scripts(script, name)}
@@ -2782,8 +2782,7 @@ def _place(
 ) -> dict[str, t.Any]:
     """Where a new revision goes: its parents, its labels and its folder."""
     labels = _as_list(label)
-    known = {each for s in script.walk_revisions() for each in s.branch_labels}
-
+    known = _branch_labels(script)
     parents = _as_list(_identifiers(parent))
 
     if parents != ["head"]:
@@ -2823,10 +2822,13 @@ def _place(
     }
 
 
+def _branch_labels(script: ScriptDirectory) -> set[str]:
+    return {label for s in script.walk_revisions() for label in s.branch_labels}
+
+
 def _refuse_labels(script: ScriptDirectory, labels: cabc.Iterable[str]) -> None:
     """Refuse names of branches that are taken, or that no target could name."""
-    every = list(script.walk_revisions())
-    taken = {x for s in every for x in (s.revision, *s.branch_labels)}
+    taken = _branch_labels(script) | {s.revision for s in script.walk_revisions()}
 
     for label in labels:
         if label in taken:
@@ -3133,7 +3135,7 @@ def _autogenerate_hooks(
 
             if context.dialect.name == "postgresql":
                 made.update(_make_enums(context.connection, *both[0], *both[1]))
-            elif context.dialect.name in ("mysql", "mariadb"):
+            elif context.dialect.name in _MYSQL:
                 for container in (*both[0], *both[1]):
                     _order_drops(container)
 
@@ -3301,7 +3303,7 @@ _CAST: t.Final = (
 
 def _sql_key(sql: str, dialect: sa.Dialect) -> tuple[str, tuple[str, ...]]:
     """SQL without casts, spaces, case and outer parentheses, and the strings in it."""
-    escapes = dialect.name in ("mysql", "mariadb")
+    escapes = dialect.name in _MYSQL
     string = r"'(?:[^'\\]|''|\\.)*'" if escapes else r"'(?:[^']|'')*'"
     strings = re.findall(string, sql, re.S)
     code = re.sub(_CAST, "", re.sub(string, "''", sql, flags=re.S))
@@ -3372,7 +3374,7 @@ def _is_same_sql(
         name = type_.compile(dialect=dialect)
         one, other = (f"CAST(CAST(({e}) AS {name}) AS text)" for e in (one, other))
         test = f"{one} IS NOT DISTINCT FROM {other}"
-    elif dialect.name in ("mysql", "mariadb"):
+    elif dialect.name in _MYSQL:
         test = f"({one}) <=> ({other})"
     else:
         return False
