@@ -21,6 +21,7 @@ import json
 import logging
 import os
 import pathlib
+import pickle
 import py_compile
 import re
 import runpy
@@ -2017,6 +2018,40 @@ def test_value_for_new_files_stops_nothing_else(app: Flask, key: str) -> None:
     with app.app_context():
         assert ids(extension.upgrade()) == ["aa"]
         assert ids(extension.current()) == ["aa"]
+
+
+def test_any_path_like_object_is_a_path(app: Flask) -> None:
+    """Also one that has no text of its own."""
+    write_revision(pathlib.Path(app.root_path, "mine"), "aa")
+    [entry] = [each for each in os.scandir(app.root_path) if each.name == "mine"]
+    app.config["ALEMBIC"] = {"script_location": entry, "other": entry}
+    extension = build_sqlite(app)
+
+    with app.app_context():
+        assert ids(extension.heads()) == ["aa"]
+        assert extension.config.get_main_option("other") == os.fspath(entry)
+
+
+def test_threads_that_start_together_load_the_files_once(app: Flask) -> None:
+    write_history(app, *(f"r{n:02}" for n in range(30)))
+    extension = build_sqlite(app)
+    barrier = threading.Barrier(8)
+
+    def head(_: int) -> Script:
+        with app.app_context():
+            barrier.wait(30)
+            return extension.heads()[0]
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        assert len({id(script) for script in [*pool.map(head, range(8))]}) == 1
+
+
+def test_lock_timeout_can_be_pickled() -> None:
+    """As it is when a worker process raises it."""
+    error = pickle.loads(pickle.dumps(MigrationLockTimeout("audit", 1.5, "look")))
+    assert isinstance(error, MigrationLockTimeout)
+    assert (error.database, error.seconds) == ("audit", 1.5)
+    assert "look" in str(error)
 
 
 def test_here_is_the_working_directory(app: Flask) -> None:
