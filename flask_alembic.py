@@ -18,13 +18,17 @@ import collections.abc as cabc
 import contextlib
 import dataclasses
 import functools
+import inspect
+import io
 import logging
 import os
 import re
 import sys
 import threading
 import time
+import traceback
 import typing as t
+import warnings
 import weakref
 from contextvars import ContextVar
 
@@ -34,9 +38,9 @@ from flask import Flask
 from flask import current_app
 from flask import g
 from flask.cli import AppGroup
-from flask.helpers import get_debug_flag
 from sqlalchemy import event
 from sqlalchemy import exc
+from sqlalchemy.util import concurrency
 
 if t.TYPE_CHECKING:
     from alembic.config import Config
@@ -202,10 +206,11 @@ class Alembic:
 
         cache = self._get_cache()
         if cache.config is None:
-            cache.config = Config()
+            config = Config()
             for section, options in cache.settings.sections.items():
                 for key, value in options.items():
-                    cache.config.set_section_option(section, key, value)
+                    config.set_section_option(section, key, value)
+            cache.config = config  # at last, for other threads may use it at once
         return cache.config
 
     @property
@@ -389,7 +394,7 @@ class Alembic:
         :param target: Revision to reach; an int, or digits that are no id, counts.
         :return: The revisions that ran, in order.
         """
-        return self._migrate(_Job(self, "upgrade", target), **options)
+        return self._migrate(_Job(self, "upgrade", _names(target)), **options)
 
     def downgrade(
         self, target: RevisionTarget = -1, **options: t.Unpack[RunOptions]
@@ -398,7 +403,7 @@ class Alembic:
 
         :param target: Revision to go back to; an int of either sign counts down.
         """
-        return self._migrate(_Job(self, "downgrade", target), **options)
+        return self._migrate(_Job(self, "downgrade", _names(target)), **options)
 
     def stamp(
         self,
@@ -412,7 +417,7 @@ class Alembic:
         :param purge: Empty the version tables first, whatever they hold.
         :return: The revisions that are current now.
         """
-        self._migrate(_Job(self, "stamp", target, purge=purge), **options)
+        self._migrate(_Job(self, "stamp", _names(target), purge=purge), **options)
         return self.current(options.get("database"))
 
     def run_migrations(self, fn: StepFunction, **kwargs: t.Any) -> None:
@@ -442,13 +447,13 @@ class Alembic:
 
         :param start: Revision that the database has; ``current`` reads it there.
         """
-        return self._sql(_Job(self, "upgrade", target, start), **options)
+        return self._sql(_Job(self, "upgrade", _names(target), start), **options)
 
     def downgrade_sql(
         self, target: RevisionTarget, start: str, **options: t.Unpack[RunOptions]
     ) -> dict[str, str]:
         """Make the SQL script of a downgrade. See :meth:`upgrade_sql`."""
-        return self._sql(_Job(self, "downgrade", target, start), **options)
+        return self._sql(_Job(self, "downgrade", _names(target), start), **options)
 
     def stamp_sql(
         self,
@@ -457,15 +462,14 @@ class Alembic:
         **options: t.Unpack[RunOptions],
     ) -> dict[str, str]:
         """Make the SQL script of a stamp. See :meth:`upgrade_sql`."""
-        return self._sql(_Job(self, "stamp", target, start), **options)
+        return self._sql(_Job(self, "stamp", _names(target), start), **options)
 
     def current(self, database: DatabaseNames = None) -> tuple[Script, ...]:
         """Get the revisions in the version tables; an unknown id is an error."""
         found: dict[str, Script] = {}
         for name, state in self.status(database).items():
             known = {each.revision: each for each in state.current}
-            if state.unknown:
-                raise _unknown_error(self._scope(), name, [*known], state.unknown)
+            _refuse_unknown(self._scope(), name, [*known, *state.unknown])
             found |= known
         return tuple(found.values())
 
@@ -498,7 +502,7 @@ class Alembic:
 
     def needs_upgrade(self, database: DatabaseNames = None) -> bool:
         """Tell whether :meth:`upgrade` would run anything; unknown ids are an error."""
-        job = _Job(self, "upgrade", "heads")
+        job = _Job(self, "upgrade")
         return self._call(
             lambda scope: not _is_current(scope, job) and _has_work(scope, job),
             database=database,
@@ -962,7 +966,10 @@ _running: t.Final[ContextVar[bool]] = ContextVar("running", default=False)
 @contextlib.contextmanager
 def _connect(name: str, target: _Target) -> cabc.Generator[sa.Connection]:
     """A connection, given back to its pool in the end."""
-    engine, pool = target.engine, t.cast(t.Any, target.engine.pool)
+    engine, pool = t.cast(t.Any, target.engine), t.cast(t.Any, target.engine.pool)
+    options = engine.get_execution_options()
+    while proxied := getattr(engine, "_proxied", None):
+        engine = proxied  # SQLAlchemy 2.0 listens to no connection of one with options
     shared = isinstance(pool, (sa.StaticPool, sa.SingletonThreadPool))
     with contextlib.ExitStack() as stack:
         if isinstance(pool, sa.StaticPool):
@@ -975,7 +982,6 @@ def _connect(name: str, target: _Target) -> cabc.Generator[sa.Connection]:
                 pool = pool.recreate()
                 stack.callback(pool.dispose)
                 connection = sa.Connection(engine, pool.connect())
-                connection.execution_options(**engine.get_execution_options())
             else:
                 connection = engine.connect()
         except Exception as error:
@@ -983,10 +989,11 @@ def _connect(name: str, target: _Target) -> cabc.Generator[sa.Connection]:
             url, cause = engine.url, str(getattr(error, "orig", None) or error)
             place = (url.drivername, url.host, url.port, url.database)
             shown = ", ".join(str(each) for each in place if each)
-            cause = f"({shown}): {' '.join(cause.split())}"
-            error.add_note(f"Cannot connect to database '{name}' {cause}")
+            text = f"Cannot connect to database '{name}' ({shown}): {cause}"
+            error.add_note(" ".join(text.split()))
             raise
         stack.callback(connection.close)
+        connection.execution_options(**options)
         if shared:
             _refuse_transaction(name, connection.connection.driver_connection)
         yield connection
@@ -1036,28 +1043,18 @@ def _in_loop(fn: cabc.Callable[[], _R]) -> _R:
     """
     import asyncio
     from concurrent.futures import ThreadPoolExecutor
-    from contextvars import copy_context
 
-    from sqlalchemy.util import greenlet_spawn
-    from sqlalchemy.util.concurrency import in_greenlet
-
-    if in_greenlet():
+    if concurrency.in_greenlet():
         return fn()
-
-    tasks: list[t.Any] = []
-
-    async def main() -> _R:
-        tasks.append(asyncio.current_task())
-        return await greenlet_spawn(fn)
-
-    with ThreadPoolExecutor(1) as executor:
-        future = executor.submit(copy_context().run, lambda: asyncio.run(main()))
+    loop = asyncio.new_event_loop()
+    with contextlib.closing(loop), ThreadPoolExecutor(1) as executor:
+        task = loop.create_task(concurrency.greenlet_spawn(fn))
+        future = executor.submit(loop.run_until_complete, task)
         try:
             return future.result()
         except KeyboardInterrupt as error:
-            if not future.done():
-                for task in tasks:
-                    task.get_loop().call_soon_threadsafe(task.cancel)
+            if not future.done():  # else a revision raised it
+                loop.call_soon_threadsafe(task.cancel)
                 # The migration rolls back; what it says of it belongs here.
                 for note in getattr(future.exception(), "__notes__", ()):
                     error.add_note(note)
@@ -1070,20 +1067,16 @@ def _signature(script: ScriptDirectory) -> t.Any:
     # No public name tells the resolved version locations.
     walks = [os.walk(location) for location in script._version_locations]  # noqa: SLF001
     for folder, _, names in (each for walk in walks for each in walk):
-        for path in (os.path.join(folder, name) for name in names):
+        # Loading the files writes into these folders.
+        for name in () if "__pycache__" in folder else names:
             with contextlib.suppress(OSError):  # gone, or a link to nowhere
-                info = os.stat(path)
-                # Loading the files writes into these folders.
-                if "__pycache__" not in folder:
-                    found.append((path, info.st_mtime_ns, info.st_size))
+                info = os.stat(os.path.join(folder, name))
+                found.append((folder, name, info.st_mtime_ns, info.st_size))
     return found
 
 
 def _load_scripts(config: Config) -> tuple[t.Any, ScriptDirectory]:
     """Load the revision files, and refuse those that form no history."""
-    import warnings
-    from traceback import walk_tb
-
     from alembic.script import ScriptDirectory
 
     home = config.get_main_option("script_location") or ""
@@ -1096,21 +1089,17 @@ def _load_scripts(config: Config) -> tuple[t.Any, ScriptDirectory]:
     try:
         with warnings.catch_warnings():
             # Of an id that two files have, and a parent that none has, it only warns.
-            for text in ("is present more than once", "referenced from"):
-                warnings.filterwarnings("error", f"Revision .* {text}")
+            warnings.filterwarnings("error", "Revision .* (is present|referenced) ")
             script.get_heads()
     except (Exception, SystemExit) as error:
         # Alembic does not tell the file, but the frame that was loading it has it.
-        frames = [frame for frame, _ in walk_tb(error.__traceback__)]
+        frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
         paths = [f.f_locals["path"] for f in frames if f.f_code.co_name == "_from_path"]
-        if not paths:  # of a dependency that no file has, a KeyError tells the name
-            raise _command_error(f"The files form no history: {error}") from error
-        cause = f"{type(error).__name__}: {error}"
-        raise FlaskAlembicError(f"'{paths[-1]}' cannot be loaded: {cause}") from error
+        # Of a dependency that no file has, a KeyError tells the name.
+        text = f"'{paths[-1]}' cannot be loaded" if paths else "The files do not fit"
+        text += f": {type(error).__name__}: {error}"
+        raise FlaskAlembicError(text) from error
     return signature, script
-
-
-# What a target means is settled here, wherever it is given.
 
 
 def _names(target: RevisionTarget) -> _Ids:
@@ -1126,41 +1115,30 @@ def _names(target: RevisionTarget) -> _Ids:
 @contextlib.contextmanager
 def _explained(script: ScriptDirectory, names: _Ids) -> cabc.Generator[None]:
     """Repeat the target in what Alembic says of it, or stumbles over."""
-    from alembic.script.revision import MultipleHeads
     from alembic.util import CommandError
 
-    target = " ".join(names)
     try:
         for branch, at, _ in (name.partition("@") for name in names):
             if at:  # Alembic takes 'nope@base' and 'nope@-1' for 'base'
                 script.get_revision(branch or "@")
         yield
-    except CommandError as error:
-        if isinstance(error.__cause__, MultipleHeads):
-            raise _several_heads(error.__cause__.heads) from error
+    except Exception as error:
         text = str(error)
+        if heads := getattr(error.__cause__, "heads", ()):
+            raise _several_heads(heads) from error
         if "Ambiguous" in text:
             text = "several revisions are that far away; name one"
         elif re.search("Relative revision|Walked too far", text):
             text = "there are not that many revisions"
-        raise _command_error(f"'{target}' cannot be used: {text}") from error
-    except (
-        AssertionError,
-        AttributeError,
-        LookupError,
-        TypeError,
-        ValueError,
-    ) as error:
-        # A function that a revision lacks is named by the error.
-        text = f": {error}" if "grade" in str(error) else ""
-        raise _command_error(f"'{target}' is no revision{text}.") from error
+        elif not isinstance(error, CommandError) and "grade" not in text:
+            text = "it is no revision"  # else it may lack a function, which is named
+        raise _command_error(f"'{' '.join(names)}' cannot be used: {text}.") from error
 
 
 def _several_heads(heads: cabc.Iterable[str]) -> Exception:
-    ids = sorted(heads)
     return _command_error(
-        f"There are several heads: {', '.join(ids)}. Name one, take 'heads' for all, or"
-        f' merge them: flask db merge -m "merge heads" {" ".join(ids)}'
+        "There are several heads. Name one, take 'heads' for all, or merge them:"
+        f' flask db merge -m "merge heads" {" ".join(sorted(heads))}'
     )
 
 
@@ -1184,28 +1162,27 @@ def _below(script: ScriptDirectory, ids: cabc.Iterable[str]) -> set[str]:
     return {s.revision for id_ in ids for s in script.walk_revisions("base", id_)}
 
 
-def _tops(script: ScriptDirectory, applied: set[str]) -> list[str]:
+def _tops(script: ScriptDirectory, applied: set[str]) -> set[str]:
     """What the version table holds when these revisions, and no others, have run."""
     found = script.get_revisions(applied)
-    needed = [script.get_revisions(each.dependencies or ()) for each in found]
-    parents = {id_ for each in found for id_ in _as_list(each.down_revision)}
-    return sorted(applied - parents - {x.revision for some in needed for x in some})
+    below = [x for s in found for x in (s.down_revision, s.dependencies) if x]
+    return applied - {s.revision for x in below for s in script.get_revisions(x)}
 
 
 def _stamp_line(scope: _Scope, name: str, heads: cabc.Iterable[str]) -> str:
     """The command that makes a version table hold these heads and no other."""
     only = f" -n {name}" if len(scope.base.targets) > 1 else ""
-    return f"'flask db stamp --purge{only} {' '.join(heads) or 'base'}'"
+    return f"'flask db stamp --purge{only} {' '.join(sorted(heads)) or 'base'}'"
 
 
-def _unknown_error(
-    scope: _Scope, name: str, known: list[str], unknown: cabc.Iterable[str]
-) -> Exception:
-    return _command_error(
-        f"Database '{name}' is at {_quoted(unknown)}, which no revision file has. Get"
-        " the file, or the code that has it; or, if the schema is known to match a"
-        f" revision, run {_stamp_line(scope, name, ['REVISION', *known])}."
-    )
+def _refuse_unknown(scope: _Scope, name: str, rows: cabc.Collection[str]) -> None:
+    known = _known(scope.extension.script_directory).keys() & rows
+    if unknown := {*rows} - known:
+        raise _command_error(
+            f"Database '{name}' is at {_quoted(unknown)}, which no revision file has."
+            " Get the file; or, if the schema is known to match a revision, run"
+            f" {_stamp_line(scope, name, ['REVISION', *known])}."
+        )
 
 
 @dataclasses.dataclass
@@ -1214,13 +1191,9 @@ class _Job:
 
     extension: Alembic
     kind: t.Literal["upgrade", "downgrade", "stamp"]
-    target: RevisionTarget
+    names: _Ids = ("heads",)
     start: str = "base"
     purge: bool = False
-
-    @property
-    def names(self) -> _Ids:
-        return _names(self.target)
 
     @property
     def is_relative(self) -> bool:
@@ -1231,32 +1204,25 @@ class _Job:
         # Read when the lock is held: the files may have changed while we waited.
         script = context.script = self.extension.script_directory
         name = context.opts.get("database", "default")  # a subclass may not have said
-        known = {*rows} & _known(script).keys()
-        if unknown := {*rows} - known:
-            raise _unknown_error(self.extension._scope(), name, [*known], unknown)
+        _refuse_unknown(self.extension._scope(), name, rows)
         return self.steps(script, tuple(rows))
 
     def steps(self, script: t.Any, rows: _Ids) -> list[t.Any]:
         """The steps from the ids in a version table."""
         if self.kind == "stamp":
             return self._stamp_steps(script, {*rows})
-
         [target, *more], down = self.names, self.kind == "downgrade"
         if down and more:
-            raise _command_error(
-                f"'{' '.join(self.names)}': a downgrade has one target."
-            )
+            raise _command_error(f"{_quoted(self.names)}: name one revision.")
         # Digits are an id before they are a count; nobody counts to a thousand.
         if target.isdecimal() and len(target) < 4 and target not in _known(script):
             target = f"{'-' if down else '+'}{int(target)}"
         if down and target.startswith("-") and len({*rows}) > 1:
             found = _scripts(script, rows)
-            labels = {min(each.branch_labels, default="") for each in found} - {""}
+            labels = {min(s.branch_labels, default=s.revision) for s in found}
             ids = labels if len(labels) == len(found) else rows
-            raise _command_error(
-                f"'{target}' could mean several branches: name one of"
-                f" {_quoted(f'{id_}@{target}' for id_ in ids)}."
-            )
+            choice = _quoted(f"{id_}@{target}" for id_ in ids)
+            raise _command_error(f"'{target}' is ambiguous: name one of {choice}.")
         with _explained(script, (target, *more)):
             # Alembic's commands make theirs so; no public function does.
             make = getattr(script, f"_{self.kind}_revs")
@@ -1266,26 +1232,23 @@ class _Job:
         """Steps to exactly the rows that are asked for; Alembic's own lose a branch."""
         from alembic.runtime.migration import StampStep
 
-        applied, named, above = _below(script, rows), set[str](), set[str]()
+        applied, named, history = _below(script, rows), set[str](), script.revision_map
         for name in self.names:
-            found, branch = _scripts(script, name), name.rpartition("@")[0]
-            named |= {each.revision for each in found}
             if re.match(r"(.+@)?[+-]\d", name):
                 raise _command_error(f"'{name}' is relative: name a revision.")
+            found = {each.revision for each in _scripts(script, name)}
             if not found:  # 'base' or 'branch@base'
-                all_of = script.revision_map.filter_for_lineage
-                applied -= {*all_of(applied, branch)} if branch else {*applied}
+                applied.difference_update(history.filter_for_lineage(applied, name))
+            named |= found
+        above = {*named}
         for id_, each in _known(script).items():
-            if (named | above).intersection(_as_list(each.down_revision)):
+            if above.intersection(_as_list(each.down_revision)):
                 above.add(id_)
-
         wanted = _tops(script, applied - above | _below(script, named))
-        new = [x for x in wanted if x not in rows]
         # A script that removes the last row first would make the table again.
-        steps = [StampStep(None, x, True, True, script.revision_map) for x in new]
-        for id_ in sorted(rows.difference(wanted)):
-            steps.append(StampStep(id_, None, False, True, script.revision_map))
-        return steps
+        new, old = sorted(wanted - rows), sorted(rows - wanted)
+        steps = [StampStep(None, id_, True, True, history) for id_ in new]
+        return steps + [StampStep(id_, None, False, True, history) for id_ in old]
 
 
 def _rows(scope: _Scope, waits: bool = True) -> dict[str, _Ids]:
@@ -1300,7 +1263,7 @@ def _rows(scope: _Scope, waits: bool = True) -> dict[str, _Ids]:
 def _status(scope: _Scope) -> dict[str, DatabaseStatus]:
     script, result = scope.extension.script_directory, {}
     heads, known = script.get_revisions("heads"), _known(script)
-    job = _Job(scope.extension, "upgrade", "heads")
+    job = _Job(scope.extension, "upgrade")
     for name, rows in _rows(scope).items():
         unknown = tuple(id_ for id_ in rows if id_ not in known)
         current = tuple(known[id_] for id_ in sorted(rows) if id_ in known)
@@ -1328,49 +1291,42 @@ class _Run:
     #: The step that is running, or that failed, and whether it committed by itself.
     step: RevisionStep | None = None
     _is_partial = False
-    #: Takes SQLite's lock again where a revision gave it up, and tells whether it had.
-    hold: cabc.Callable[[], bool] | None = None
+    #: Of SQLite's guard: see that the lock is ours, and has been.
+    hold: cabc.Callable[[], None] | None = None
 
     def __init__(
         self, scope: _Scope, name: str, fn: StepFunction, connection: t.Any, rows: _Ids
     ) -> None:
-        import io
-
         from alembic.runtime.environment import EnvironmentContext
 
         self.scope, self.name, self.fn, self.connection = scope, name, fn, connection
-        self.ran: list[Script] = []
         self.output = io.StringIO()
-        #: The ids in the version table: before the run, and as far as it has come.
-        self._before = self._now = frozenset[str]()
+        #: The ids in the version table, as far as the run has come.
+        self.heads: set[str] = set()
         options, given = _options(scope, name), dict[str, t.Any](fn=self._steps)
         if isinstance(fn, _Job):
             given.update(purge=fn.purge, destination_rev=" ".join(fn.names))
             if fn.kind == "stamp":
                 options["transaction_per_migration"] = False
-        hooks = _as_list(options.get("on_version_apply"))
-        options["on_version_apply"] = [*hooks, self._applied]
-        #: SQLite's lock is its transaction, so it is given up between two of them.
-        self._rechecks = options.get("transaction_per_migration", False)
         if connection is None:
             # Other parameter styles would double the percent signs in the script.
             dialect_opts = {"paramstyle": "named", **options.get("dialect_opts", {})}
             url = scope.targets[name].engine.url
             options.update(url=url, dialect_opts=dialect_opts, literal_binds=True)
             given.update(as_sql=True, starting_rev=rows, output_buffer=self.output)
-
         script, given["tag"] = scope.extension.script_directory, scope.tag
         self.environment = EnvironmentContext(scope.config, script, **given)
         self.environment.configure(connection=connection, **options)
-        self.context = self.environment.get_context()
-
-    def migrate(self, kwargs: dict[str, t.Any]) -> None:
-        with self.environment:
-            self.environment.run_migrations(**kwargs)
+        self.context: t.Any = self.environment.get_context()
+        if connection is None and self.context.dialect.name == "postgresql":
+            # SQLAlchemy 2.0 doubles backslashes until it has seen a server's setting.
+            dialect: t.Any = self.context.dialect
+            dialect._backslash_escapes = False  # noqa: SLF001
+        self.context.on_version_apply_callbacks += (self._applied,)
 
     def _steps(self, rows: t.Any, context: MigrationContext) -> cabc.Iterator[t.Any]:
         """The steps, reporting each when it is in the version table."""
-        self._before = self._now = frozenset(rows)
+        self.heads = {*rows}
         steps: list[t.Any] = list(self.fn(rows, context))
         for number, step in enumerate(steps, 1):
             if (script := getattr(step, "revision", None)) is None:  # a stamp
@@ -1380,54 +1336,62 @@ class _Run:
             step.migration_fn = functools.update_wrapper(run, step.migration_fn)
             self.step, self._is_partial, began = step, False, time.monotonic()
             yield step
-            self.step = None
-            self.ran.append(script)
+            self.step, self.scope.ran[script.revision] = None, script
             if report := g.get("flask_alembic_report"):
-                seconds = time.monotonic() - began
-                report(self.name, script, number, len(steps), seconds)
+                report(self.name, script, number, len(steps), time.monotonic() - began)
 
     def _execute(self, step: RevisionStep, fn: t.Any, /, **kwargs: t.Any) -> None:
         """Call the function of a revision, and see what it does to the transaction."""
-        import inspect
-
-        self._refuse_overtaken(self.hold is not None and self._rechecks)
-        arguments = _arguments(step, self.name, [*self.scope.base.targets])
-        if arguments is not None and inspect.iscoroutinefunction(fn):
+        if self.hold:
+            self.hold()
+        arguments = self._arguments(step, fn)
+        if arguments is None:
+            return
+        if inspect.iscoroutinefunction(fn):
             raise TypeError(f"{_title(step)} has an async function, which cannot run.")
-        with contextlib.ExitStack() as stack:
-            if self.connection is not None and self.context.impl.transactional_ddl:
-                listeners = {"commit": self.look, "after_cursor_execute": self.look}
-                stack.enter_context(_listening(self.connection, **listeners))
+        watches = self.connection is not None and self.context.impl.transactional_ddl
+        events = ("commit", "after_cursor_execute") if watches else ()
+        with _listening(self.connection, **dict.fromkeys(events, self.look)):
             try:
-                if arguments is not None:
-                    fn(**kwargs, **arguments)
+                fn(**kwargs, **arguments)
             except BaseException as error:
                 # A statement that fails, as on a full disk, may roll back by itself.
                 if self.hold and not isinstance(error, exc.DBAPIError):
                     self.look(self.connection, error)
                 raise
-
         # What Alembic opened: for the run, for the step, after an autocommit_block().
-        transaction: t.Any = self.context._transaction  # noqa: SLF001
+        transaction = self.context._transaction  # noqa: SLF001
         if transaction is not None and not transaction.is_active:
             raise FlaskAlembicError(
-                f"{_title(step)} ended the migration's own transaction, as a 'commit()'"
-                " of 'op.get_bind()' or of a session does: what followed would be lost."
-                " Use 'op.get_context().autocommit_block()' or 'begin_nested()'."
+                f"{_title(step)} ended the migration's own transaction, by a 'commit()'"
+                " or 'rollback()': use 'op.get_context().autocommit_block()' instead."
             )
-        self._refuse_overtaken(
-            self.hold is not None and (self.hold() or self._is_partial)
+        if self.hold:
+            self.hold()
+
+    def _arguments(self, step: t.Any, fn: t.Any) -> dict[str, str] | None:
+        """What to pass to a revision's function; ``None`` not to call it."""
+        functions, prefix = vars(step.revision.module), f"{fn.__name__}_"
+        sections = {x.removeprefix(prefix) for x in functions if x.startswith(prefix)}
+        name, names = self.name, {*self.scope.base.targets}
+        if "engine_name" in inspect.signature(fn).parameters:
+            if not sections or name in sections:
+                return {"engine_name": name}
+            if name == "default" and "" in sections:  # as Flask-Migrate names it
+                return {"engine_name": ""}
+            if sections - {""} <= names:  # written before this database existed
+                return None
+        elif len(names) == 1 or name == "default":
+            return {}
+        elif "default" in names:  # written before there was a second database
+            return None
+        raise _command_error(
+            f"{_title(step)} has functions for {_quoted(sections) or 'one database'},"
+            f" and none for the database '{name}'. Was it renamed?"
         )
 
-    def _refuse_overtaken(self, was_free: bool) -> None:
-        if was_free and self._now != frozenset(self.context.get_current_heads()):
-            raise _OvertakenError(
-                f"Another process migrated database '{self.name}' meanwhile: look where"
-                " it stands, and run the command again."
-            )
-
     def _applied(self, *, heads: cabc.Iterable[str], **_: t.Any) -> None:
-        self._now = frozenset(heads)
+        self.heads = {*heads}
 
     def look(self, connection: t.Any, *statement: t.Any) -> None:
         """See a commit: an autocommit block's, or one that only the driver knows."""
@@ -1439,69 +1403,32 @@ class _Run:
 
     def outcome(self) -> str:
         """Where the database stands after a failure, and what to do about it."""
-        ddl, step, now = self.context.impl.transactional_ddl, self.step, self._before
-        try:
-            with _reading(self.connection):
-                now = frozenset(self.context.get_current_heads())
-            where = f"it stands at {_quoted(now) or 'base'}"
-        except Exception:
-            where = "where it stands cannot be read now: see 'flask db status'"
-
-        what = "what had not been committed was rolled back"
-        if not ddl:
-            what = f"{self.context.dialect.name} commits each DDL statement: what ran"
-            what += " up to the last one that finished stays, rows changed since do not"
-        elif step and self._is_partial:
-            what = "what the revision committed itself stays, the rest was rolled back"
-        elif now == self._before:
-            what = "everything was rolled back"
-        if step and (self._is_partial or not ddl):
+        step, what = self.step, "what had not been committed was rolled back"
+        if not self.context.impl.transactional_ddl:
+            what = "each DDL statement that finished stays, rows changed since do not"
+            self._is_partial = True
+        where = "where it stands cannot be read now: see 'flask db status'"
+        with contextlib.suppress(Exception), _reading(self.connection):
+            rows = self.context.get_current_heads()
+            where = f"it stands at {_quoted(rows) or 'base'}"
+        if step and self._is_partial:
             script, id_ = self.scope.extension.script_directory, step.revision.revision
-            applied = _below(script, self._now) - {id_}
+            applied = _below(script, self.heads) - {id_}
             heads = _tops(script, applied | {id_} if step.is_upgrade else applied)
-            where += (
-                f". Either undo by hand what '{id_}' did before the error and run the"
-                " command again, or finish it by hand and run"
-                f" {_stamp_line(self.scope, self.name, heads)}"
-            )
-        return f"Database '{self.name}': {what}; {where}."
+            where += f". Undo by hand what '{id_}' did, and run the command again; or"
+            where += f" finish it and run {_stamp_line(self.scope, self.name, heads)}"
+        failed = f"{_title(step)} failed.\n" if step else ""
+        return f"{failed}Database '{self.name}': {what}; {where}."
 
 
 def _title(step: RevisionStep) -> str:
     return f"Revision '{step.revision.revision}' ('{step.revision.path}')"
 
 
-def _arguments(step: t.Any, name: str, names: list[str]) -> dict[str, str] | None:
-    """What to pass to a revision's function for a database; ``None`` not to call it."""
-    import inspect
-
-    functions, verb = vars(step.revision.module), step.migration_fn.__name__
-    sections = {
-        key.removeprefix(f"{verb}_") for key in functions if key.startswith(f"{verb}_")
-    }
-    if "engine_name" in inspect.signature(functions[verb]).parameters:
-        if not sections or name in sections:
-            return {"engine_name": name}
-        if name == "default" and "" in sections:  # as Flask-Migrate names it
-            return {"engine_name": ""}
-        if sections - {""} <= {*names}:  # written before this database existed
-            return None
-    elif len(names) == 1 or name == "default":
-        return {}
-    elif "default" in names:  # written before there was a second database
-        return None
-    raise _command_error(
-        f"{_title(step)} has functions for {_quoted(sections) or 'one database'}, and"
-        f" none for the database '{name}'. Was it renamed?"
-    )
-
-
 def _run_online(scope: _Scope, fn: StepFunction, kwargs: dict[str, t.Any]) -> None:
     """Run steps on a scope's databases: on all or none, as far as they allow."""
     scope.ran.clear()
-    if isinstance(fn, _Job) and not _has_work(scope, fn, waits=False):
-        return
-    while True:
+    while not isinstance(fn, _Job) or _has_work(scope, fn, waits=False):
         try:
             return _run_once(scope, fn, kwargs)
         except _OvertakenError:
@@ -1517,14 +1444,13 @@ def _run_once(scope: _Scope, fn: StepFunction, kwargs: dict[str, t.Any]) -> None
     runs: dict[str, _Run] = {}
     if len({*files}) < len(files):
         raise FlaskAlembicError(
-            "Several databases are one SQLite file, which takes one transaction at a"
-            " time: migrate them one by one, with 'database' (-n)."
+            "Several databases are one SQLite file: migrate them one by one (-n)."
         )
     try:
-        with _turn(settings.migration_lock_timeout), contextlib.ExitStack() as stack:
+        with _turn(scope), contextlib.ExitStack() as stack:
             # All locks, then all transactions, then the steps; in the end backwards.
-            # Two applications may name databases differently: the order is the servers'.
-            for name in sorted(contexts, key=lambda name: places[name]):
+            # Two applications may name databases differently: they sort by server.
+            for name in sorted(contexts, key=places.__getitem__):
                 connection: t.Any = contexts[name].connection
                 # What the caller did through the low-level objects; Alembic would
                 # neither begin nor commit where a transaction is open already.
@@ -1534,27 +1460,21 @@ def _run_once(scope: _Scope, fn: StepFunction, kwargs: dict[str, t.Any]) -> None
             for run in runs.values():
                 stack.enter_context(run.environment.begin_transaction())
             for name in contexts:
-                runs[name].migrate(kwargs)
+                with runs[name].environment as environment:
+                    environment.run_migrations(**kwargs)
     except BaseException as error:
-        several = [run for run in runs.values() if run.step or run.ran]
-        steps = [(run.step, run.name) for run in several if run.step]
-        lines = [f"{_title(step)} failed in database '{name}'." for step, name in steps]
-        lines = lines or ["The migration failed after its revisions ran."]
-        if several:
-            lines += [run.outcome() for run in runs.values()]
-            error.add_note("\n".join(lines))
+        if scope.ran or any(run.step for run in runs.values()):
+            first = sorted(runs.values(), key=lambda run: run.step is None)
+            error.add_note("\n".join(run.outcome() for run in first))
         raise
-    finally:
-        scope.ran |= {s.revision: s for run in runs.values() for s in run.ran}
 
 
 @contextlib.contextmanager
-def _turn(timeout: float | None) -> cabc.Generator[None]:
+def _turn(scope: _Scope) -> cabc.Generator[None]:
     """Have Alembic's ``op`` and ``context``, which are the process's, for one run."""
+    timeout = scope.extension._get_cache().settings.migration_lock_timeout
     if _running.get():
-        raise FlaskAlembicError(
-            "A migration runs here already: it cannot start another."
-        )
+        raise FlaskAlembicError("A migration that runs cannot start another.")
     if not _process_lock("run").acquire(timeout=-1 if timeout is None else timeout):
         raise MigrationLockTimeout("of this process", timeout or 0)
     token = _running.set(True)
@@ -1568,26 +1488,22 @@ def _turn(timeout: float | None) -> cabc.Generator[None]:
 def _run_offline(scope: _Scope, job: _Job, live: bool) -> dict[str, str]:
     """Write the steps as SQL, from where the databases stand or from a given start."""
     script, result = scope.extension.script_directory, {}
-    settings, rows = scope.extension._get_cache().settings, _rows(scope) if live else {}
+    rows = _rows(scope) if live else {}
     start = () if live else tuple(s.revision for s in _scripts(script, job.start))
     if job.kind == "upgrade" and not live and not job.is_relative:
-        target = [each.revision for each in _scripts(script, job.target)]
+        target = [each.revision for each in _scripts(script, job.names)]
         if {*start} - _below(script, target):
             raise _command_error(f"'{job.start}:{' '.join(job.names)}' leads nowhere.")
     for name in scope.targets:
         run = _Run(scope, name, job, None, rows.get(name, start))
-        with (
-            _turn(settings.migration_lock_timeout),
-            run.environment.begin_transaction(),
-        ):
-            try:
-                run.migrate({})
-            except Exception as error:
-                if run.step:
-                    text = "failed while it was written as SQL, without a connection."
-                    text += " It can ask 'context.is_offline_mode()'."
-                    error.add_note(f"{_title(run.step)} {text}")
-                raise
+        try:
+            with _turn(scope), run.environment.begin_transaction(), run.environment:
+                run.environment.run_migrations()
+        except Exception as error:
+            if run.step:
+                text = "failed as SQL, without a connection: ask 'is_offline_mode()'."
+                error.add_note(f"{_title(run.step)} {text}")
+            raise
         result[name] = run.output.getvalue()
     return result
 
@@ -1604,26 +1520,23 @@ def _guard(run: _Run, settings: _Settings) -> contextlib.AbstractContextManager[
         return _server_guard(run, settings)
     # Without transactional DDL, SQLite works as it does with Alembic alone.
     if kind == "sqlite" and run.context.impl.transactional_ddl:
-        return _SqliteGuard(run, settings)
+        return _SqliteGuard(run, settings).guard()
     return contextlib.nullcontext()
 
 
 def _is_autocommit(connection: t.Any) -> bool:
-    return bool(
-        connection.get_execution_options().get("isolation_level") == "AUTOCOMMIT"
-    )
+    options = connection.get_execution_options()
+    return bool(options.get("isolation_level") == "AUTOCOMMIT")
 
 
-@contextlib.contextmanager
-def _listening(connection: t.Any, **listeners: t.Any) -> cabc.Generator[None]:
+def _listening(connection: t.Any, **listeners: t.Any) -> contextlib.ExitStack:
     """Listen to a connection's events; the pool gets it back without listeners."""
-    with contextlib.ExitStack() as stack:
-        for name, listener in listeners.items():
-            # Only this event may replace what it is given.
-            retval = name == "before_cursor_execute"
-            event.listen(connection, name, listener, retval=retval)
-            stack.callback(event.remove, connection, name, listener)
-        yield
+    stack = contextlib.ExitStack()
+    for name, listener in listeners.items():
+        # Only this event may replace what it is given.
+        event.listen(connection, name, listener, retval=name == "before_cursor_execute")
+        stack.callback(event.remove, connection, name, listener)
+    return stack
 
 
 def _wait(name: str, timeout: float | None, attempt: cabc.Callable[[], bool]) -> None:
@@ -1647,11 +1560,9 @@ def _wait(name: str, timeout: float | None, attempt: cabc.Callable[[], bool]) ->
 @contextlib.contextmanager
 def _server_guard(run: _Run, settings: _Settings) -> cabc.Generator[None]:
     """The lock and the limits of PostgreSQL, MySQL and MariaDB."""
-    connection, postgresql = run.connection, run.connection.dialect.name == "postgresql"
-    autocommit = (
-        getattr(connection.connection.dbapi_connection, "autocommit", 0) is True
-    )
-    if not postgresql:
+    connection, is_mysql = run.connection, run.connection.dialect.name != "postgresql"
+    autocommit = getattr(connection.connection.dbapi_connection, "autocommit", False)
+    if is_mysql:
         autocommit = connection.exec_driver_sql("SELECT @@autocommit").scalar() == 1
         connection.rollback()
     if autocommit:
@@ -1662,178 +1573,154 @@ def _server_guard(run: _Run, settings: _Settings) -> cabc.Generator[None]:
     with contextlib.ExitStack() as stack:
         if settings.migration_lock:
             stack.enter_context(_server_lock(run, settings.migration_lock_timeout))
-        if postgresql:
-            begin = functools.partial(_limit_transaction, settings)
-            stack.enter_context(_listening(connection, begin=begin))
-        elif _limit_session(settings, connection):
-            # The pool makes a new session, without our limits.
-            stack.callback(connection.invalidate)
+        if {settings.lock_timeout, settings.statement_timeout} != {None}:
+            if is_mysql:  # the pool makes a new session, without our limits
+                stack.callback(connection.invalidate)
+            limit = functools.partial(_limit, settings)
+            stack.enter_context(_listening(connection, begin=limit))
         yield
+
+
+def _limit(settings: _Settings, connection: t.Any) -> None:
+    """Limit PostgreSQL's transaction that begins; a pooler would pass a session's on.
+
+    MySQL and MariaDB have them for sessions only, MySQL's second one for SELECT only.
+    """
+    lock, statement = "LOCAL lock_timeout = {}", "LOCAL statement_timeout = {}"
+    if connection.dialect.name != "postgresql":  # whole seconds: for tables, for rows
+        lock = "lock_wait_timeout = CEILING({0} / 1000),"
+        lock += " innodb_lock_wait_timeout = CEILING({0} / 1000)"
+        is_mariadb, statement = connection.dialect.is_mariadb, "max_execution_time = {}"
+        statement = "max_statement_time = {} / 1000" if is_mariadb else statement
+    values = {lock: settings.lock_timeout, statement: settings.statement_timeout}
+    for text, seconds in values.items():
+        # A concurrent index build, in autocommit, has no limit, as it should.
+        if seconds is not None and not _is_autocommit(connection):
+            milliseconds = max(1, round(seconds * 1000))  # a 0 would switch it off
+            connection.exec_driver_sql(f"SET {text}".format(milliseconds))
 
 
 @contextlib.contextmanager
 def _server_lock(run: _Run, timeout: float | None) -> cabc.Generator[None]:
-    """Hold the server's lock, at session level: a transaction would lose it.
-
-    PostgreSQL's advisory locks belong to a database, MySQL's named locks to the server,
-    with at most 64 characters, compared without case.
-    """
+    """Hold the server's lock, at session level: a transaction would lose it."""
     import hashlib
 
-    connection, context, held = run.connection, run.context, False
+    connection, context, taken = run.connection, run.context, False
     schema = context.version_table_schema or connection.dialect.default_schema_name
     place = f"flask_alembic:{schema or ''}.{context.version_table}"
-    digest = hashlib.sha256(place.encode()).hexdigest()
-    key = f"'flask_alembic:{digest[:40]}'"
-    take, release = f"SELECT GET_LOCK({key}, 0)", f"SELECT RELEASE_LOCK({key})"
-    if connection.dialect.name == "postgresql":
-        key = str(int.from_bytes(bytes.fromhex(digest[:16]), signed=True))
-        take = f"SELECT pg_try_advisory_lock({key})"
-        release = f"SELECT pg_advisory_unlock({key})"
+    key = int.from_bytes(hashlib.sha256(place.encode()).digest()[:8], signed=True)
+    take, release = f"pg_try_advisory_lock({key})", f"pg_advisory_unlock({key})"
+    if connection.dialect.name != "postgresql":
+        take = f"GET_LOCK('flask_alembic:{key}', 0)"
+        release = f"RELEASE_LOCK('flask_alembic:{key}')"
 
-    def attempt() -> bool:
-        nonlocal held
-        held = True  # for an interrupt that comes just after the lock did
-        try:
-            held = bool(connection.exec_driver_sql(take).scalar())
-            return held
-        finally:
-            connection.rollback()
+    def ask(text: str) -> bool:
+        answer = connection.exec_driver_sql(f"SELECT {text}").scalar()
+        connection.rollback()
+        return bool(answer)
 
     try:
-        _wait(run.name, timeout, attempt)
+        _wait(run.name, timeout, lambda: ask(take))
+        taken = True
         yield
     finally:
         try:
             connection.rollback()
             # A lost session has taken its lock along; SQLAlchemy would open another.
-            if held and not connection.invalidated:
-                if not connection.exec_driver_sql(release).scalar():
-                    text = (
-                        "The migration lock of database '%s' was not ours at the end."
-                    )
-                    text += (
-                        " A pooler in transaction mode needs 'migration_lock': False."
-                    )
-                    _logger.warning(text, run.name)
-                connection.commit()
+            # Not taken, it may be ours: an interrupt can come just after the lock.
+            if not connection.invalidated and not ask(release) and taken:
+                text = "Database '%s' lost the migration lock: a pooler in transaction"
+                _logger.warning(f"{text} mode needs 'migration_lock': False.", run.name)
         except BaseException as error:
             connection.invalidate()  # a session that is locked must not reach the pool
             if not isinstance(error, exc.DBAPIError):
                 raise
 
 
-def _limit_transaction(settings: _Settings, connection: t.Any) -> None:
-    """Limit PostgreSQL's transaction that begins.
-
-    For the session, a pooler would hand the limits on to whom it gives the server's
-    connection next. A concurrent index build, in autocommit, has none, as it should.
-    """
-    for key in ("lock_timeout", "statement_timeout"):
-        seconds = getattr(settings, key)
-        if seconds is not None and not _is_autocommit(connection):
-            # A 0 would switch the limit off.
-            text = f"SET LOCAL {key} = {max(1, round(seconds * 1000))}"
-            connection.exec_driver_sql(text)
-
-
-def _limit_session(settings: _Settings, connection: t.Any) -> bool:
-    """Limit the session of MySQL or MariaDB; tell whether there is a limit."""
-    lock, statement = settings.lock_timeout, settings.statement_timeout
-    limits: dict[str, float] = {}
-    if lock is not None:  # whole seconds: for tables, and for rows
-        whole = max(1, -int(-lock // 1))
-        limits = {"lock_wait_timeout": whole, "innodb_lock_wait_timeout": whole}
-    if statement is not None and connection.dialect.is_mariadb:
-        limits["max_statement_time"] = max(0.001, statement)
-    elif statement is not None:  # MySQL limits SELECT only, in milliseconds
-        limits["max_execution_time"] = max(1, round(statement * 1000))
-    for key, value in limits.items():
-        connection.exec_driver_sql(f"SET SESSION {key} = {value}")
-    connection.commit()
-    return bool(limits)
-
-
 class _SqliteGuard:
     """Makes SQLite's transaction cover DDL; its ``BEGIN IMMEDIATE`` is the lock.
 
-    A batch operation drops the original table, which would delete its children where
-    foreign keys are enforced. The pragma is ignored inside a transaction, so it is
-    switched off before, and each commit checks the keys.
+    A batch operation drops the original table, which would delete its children: so
+    foreign keys are enforced by a check before each commit, and not in between.
     """
 
     def __init__(self, run: _Run, settings: _Settings) -> None:
         self._run, self._settings, self._connection = run, settings, run.connection
         self._driver: t.Any = self._connection.connection.dbapi_connection
-        self._cursor, self._undo = self._driver.cursor(), contextlib.ExitStack()
+        self._cursor, self._enforced = self._driver.cursor(), 0
         self._orphans: t.Counter[str] | None = None
+        #: Whether others could have the lock since the version table was looked at.
+        self._was_free = False
 
-    def __enter__(self) -> None:
-        connection, driver, undo = self._connection, self._driver, self._undo
+    @contextlib.contextmanager
+    def guard(self) -> cabc.Generator[None]:
+        connection, driver = self._connection, self._driver
         _refuse_transaction(self._run.name, connection.connection.driver_connection)
-        undo.callback(setattr, driver, "isolation_level", driver.isolation_level)
-        if (mode := getattr(driver, "autocommit", -1)) != -1:
+        level, mode = driver.isolation_level, getattr(driver, "autocommit", -1)
+        if mode != -1:
             # Python 3.12's own transaction control knows no BEGIN IMMEDIATE. The one
             # that it has open would have the pragma for foreign keys ignored.
             driver.autocommit = -1
             driver.rollback()
-            undo.callback(setattr, driver, "autocommit", mode)
         if _is_autocommit(connection):
             connection.execution_options(isolation_level="SERIALIZABLE")
-        if enforced := self._pragma("foreign_keys"):
-            self._pragma("foreign_keys = OFF")
-            undo.callback(self._pragma, "foreign_keys = ON")
+        self._enforced = self._pragma("foreign_keys")
+        self._pragma("foreign_keys = 0")
+        self._run.hold = self._hold
+        events = {"begin": self._begin, "commit": self._commit}
+        try:
+            with _listening(connection, before_cursor_execute=self._before, **events):
+                yield
+        finally:
+            connection.rollback()
+            # After Ctrl-C inside a statement it is closed: there is nothing to restore.
+            if not connection.invalidated:
+                driver.rollback()
+                self._pragma(f"foreign_keys = {self._enforced}")
+                if mode != -1:
+                    driver.autocommit = mode
+                driver.isolation_level = level
+                self._cursor.close()
 
-        self._enforced, self._run.hold = bool(enforced), self._hold
-        undo.callback(driver.rollback)
-        listeners: dict[str, t.Any] = {"before_cursor_execute": self._before_execute}
-        listeners |= {"begin": self._begin, "commit": self._commit}
-        self._listening = _listening(connection, **listeners)
-        self._listening.__enter__()
+    def _hold(self) -> None:
+        """Take the lock again where a revision gave it up; see who had it since."""
+        self._begin()
+        heads = self._run.context.get_current_heads if self._was_free else None
+        self._was_free = False
+        if heads and self._run.heads != {*heads()}:
+            raise _OvertakenError(
+                f"Another process migrated database '{self._run.name}' meanwhile: look"
+                " where it stands, and run the command again."
+            )
 
-    def __exit__(self, *_: object) -> None:
-        self._listening.__exit__(None, None, None)
-        self._connection.rollback()
-        # After Ctrl-C inside a statement, the connection is closed: nothing to restore.
-        if not self._connection.invalidated:
-            self._undo.close()
-            self._cursor.close()
-
-    def _hold(self) -> bool:
-        """Take the lock again where a revision gave it up; tell whether it had."""
-        if _is_in_transaction(self._connection.connection.driver_connection):
-            return False
-        self._begin(self._connection)
-        return True
-
-    def _begin(self, connection: t.Any) -> None:
-        if _is_autocommit(connection):  # as in an autocommit_block()
+    def _begin(self, _: t.Any = None) -> None:
+        """Take the lock, where it is not ours yet."""
+        driver = self._connection.connection.driver_connection
+        if _is_autocommit(self._connection) or _is_in_transaction(driver):
             return
+
+        def attempt() -> bool:
+            try:
+                locks = " IMMEDIATE" if self._settings.migration_lock else ""
+                self._cursor.execute(f"BEGIN{locks}")
+            except Exception as error:
+                if "locked" not in str(error):
+                    raise
+            return _is_in_transaction(driver)
+
         # The end of an autocommit_block() gives the driver its own transactions back.
         self._driver.isolation_level = None
         patience = self._pragma("busy_timeout")
+        self._pragma("busy_timeout = 0")
         try:
-            if self._settings.migration_lock:
-                self._pragma("busy_timeout = 0")
-                timeout = self._settings.migration_lock_timeout
-                _wait(self._run.name, timeout, self._try_begin)
-            else:
-                self._cursor.execute("BEGIN")
+            _wait(self._run.name, self._settings.migration_lock_timeout, attempt)
         finally:
             self._pragma(f"busy_timeout = {patience}")
+        self._was_free = True
         if self._enforced and self._orphans is None:
             self._orphans = self._count_orphans()
 
-    def _try_begin(self) -> bool:
-        try:
-            self._cursor.execute("BEGIN IMMEDIATE")
-        except Exception as error:
-            if "locked" not in str(error):
-                raise
-            return False
-        return True
-
-    def _before_execute(self, *args: t.Any) -> tuple[str, t.Any]:
+    def _before(self, *args: t.Any) -> tuple[str, t.Any]:
         self._run.look(*args)
         # SQLAlchemy's recipe for SQLite has a listener of the engine emit BEGIN.
         begins = args[2].lstrip()[:5].upper() == "BEGIN"
@@ -1850,9 +1737,8 @@ class _SqliteGuard:
             # SQLAlchemy has given up its transaction already when this raises.
             self._driver.rollback()
             raise FlaskAlembicError(
-                f"The migration would leave rows in {_quoted(added)} that refer to rows"
-                " which do not exist. It was not committed: the application enforces"
-                f" foreign keys in database '{self._run.name}'."
+                f"The migration was not committed: in database '{self._run.name}', rows"
+                f" in {_quoted(added)} would refer to rows which do not exist."
             )
 
     def _pragma(self, text: str) -> t.Any:
@@ -1861,9 +1747,7 @@ class _SqliteGuard:
 
     def _count_orphans(self) -> t.Counter[str]:
         """How many rows of each table refer to nothing."""
-        from collections import Counter
-
-        found = Counter[str]()
+        found = t.Counter[str]()
         self._cursor.execute("SELECT name FROM sqlite_master WHERE type = 'table'")
         for (table,) in self._cursor.fetchall():
             name = table.replace('"', '""')
@@ -1917,8 +1801,8 @@ def _check_template(template: str, names: _Ids, empty: bool) -> None:
     text, several = _read(template), len(names) > 1
     # What Alembic's templates, and those that follow them, render operations by.
     for_several, for_one = "_upgrades" in text, re.search(r"\bupgrades\b", text)
-    if several and not all(map(str.isidentifier, names)):
-        raise FlaskAlembicError(f"Of {_quoted(names)}, one cannot name functions.")
+    if several and (bad := [name for name in names if not name.isidentifier()]):
+        raise FlaskAlembicError(f"{_quoted(bad)} cannot be in the name of a function.")
     fits = for_several if several else for_one or (empty and not for_several)
     if fits:
         return
@@ -2016,7 +1900,8 @@ def _generate(scope: _Scope, script: ScriptDirectory, arguments: t.Any) -> list[
         # A subclass may have made the configuration; the template asks for the names.
         config.set_main_option("databases", ", ".join(names))
     revisions = RevisionContext(config, script, arguments)
-    heads = tuple(script.get_heads())
+    # Not 'get_heads()': a head that another branch depends on has no row.
+    heads = tuple(each.revision for each in script.get_revisions("heads"))
     run = revisions.run_autogenerate if compares else revisions.run_no_autogenerate
     if compares or extension._get_cache().settings.is_on("revision_environment"):
         for name, context in extension.migration_contexts.items():
@@ -2053,7 +1938,7 @@ def _refuse_comparison(scope: _Scope, name: str, context: MigrationContext) -> N
     """Refuse a database that is behind, or models that seem not to be imported."""
     from alembic.autogenerate.api import AutogenContext
 
-    job, compared = _Job(scope.extension, "upgrade", "heads"), AutogenContext(context)
+    job, compared = _Job(scope.extension, "upgrade"), AutogenContext(context)
     if steps := job(context.get_current_heads(), context):
         raise _command_error(
             f"Database '{name}' is not up to date: {_count(steps)} pending. Run"
@@ -2177,14 +2062,13 @@ def _normal(sql: str, type_: t.Any) -> tuple[str, str]:
 
 _STRING: t.Final = r"""(?:"[^"\\\n]*"|'[^'\\\n]*')"""
 #: An assignment at the left margin of a plain value on one line.
-_ASSIGNMENT: t.Final = re.compile(
-    r"^(revision|down_revision|branch_labels|depends_on)[ \t]*(?::[^=\n]*)?=[ \t]*"
+_ASSIGNMENT: t.Final = (
+    r"(?m)^(revision|down_revision|branch_labels|depends_on)[ \t]*(?::[^=\n]*)?=[ \t]*"
     rf"(None|{_STRING}|[(\[][ \t]*(?:{_STRING}[ \t]*(?:,[ \t]*{_STRING}[ \t]*)*,?)?"
-    r"[ \t]*[)\]])[ \t]*(?:\#.*)?$",
-    re.M,
+    r"[ \t]*[)\]])[ \t]*(?:\#.*)?$"
 )
 #: What is left of a file that could bind one of the names, or hide what does.
-_DOUBT: t.Final = re.compile(
+_DOUBT: t.Final = (
     r"\b(?:down_revision|branch_labels|depends_on)\b"
     r"|\brevision[ \t]*(?:[,)\]]|(?::[^=\n]*|[-+*/|&%@^<>]+)?=(?!=))"
     r"|\b(?:for|as|def|class|del|import|global)\b.*\brevision\b"
@@ -2198,55 +2082,53 @@ def _is_current(scope: _Scope, job: _Job, waits: bool = True) -> bool:
     kind, settings = type(scope.extension), scope.extension._get_cache().settings
     names = ["config", "script_directory", "environment_context", "migration_contexts"]
     # A subclass may see to it that other files or tables are looked at.
-    is_plain = all(
-        getattr(kind, name) is getattr(Alembic, name)
-        for name in [*names, "run_migrations"]
-    )
+    plain = [
+        getattr(kind, x) is getattr(Alembic, x) for x in [*names, "run_migrations"]
+    ]
     odd = settings.is_on("sourceless") or settings.is_on("recursive_version_locations")
-    if odd or not is_plain or (job.kind, job.names) != ("upgrade", ("heads",)):
+    if odd or not all(plain) or (job.kind, job.names) != ("upgrade", ("heads",)):
         return False
-    # First the version tables, since the files cost most.
-    rows = {_version_rows(scope, name, waits) for name in scope.targets}
-    return (
-        len(rows) == 1
-        and rows.isdisjoint((None, frozenset()))
-        and (_quick_heads(settings.locations) in rows)
-    )
-
-
-def _version_rows(scope: _Scope, name: str, waits: bool) -> frozenset[str] | None:
-    """The ids in the version table, by one query; ``None`` if that fails."""
-    connection, options = scope.connect(name), _own_options(name)
-    if connection.in_transaction():
-        return None  # a query that fails would end the caller's transaction
-    schema, column = (
-        options["version_table_schema"],
-        sa.column("version_num", sa.String()),
-    )
-    table = sa.table(options["version_table"], column, schema=schema)
-    try:
-        with _reading(connection, waits):
-            return frozenset(connection.scalars(sa.select(table)))
-    except exc.DBAPIError:
-        return None
+    found: set[frozenset[str]] = set()
+    for name in scope.targets:
+        connection, options = scope.connect(name), _own_options(name)
+        if connection.in_transaction():
+            return False  # a query that fails would end the caller's transaction
+        schema = options["version_table_schema"]
+        column = sa.column("version_num", sa.String())
+        table = sa.table(options["version_table"], column, schema=schema)
+        try:
+            with _reading(connection, waits):
+                found.add(frozenset(connection.scalars(sa.select(table))))
+        except exc.DBAPIError:
+            return False
+    # The files cost most, so they are read last.
+    return len(found) == 1 and all(found) and _quick_heads(settings.locations) in found
 
 
 def _quick_heads(locations: cabc.Sequence[str]) -> frozenset[str] | None:
-    """Tell which rows the version table holds when nothing is left to upgrade.
-
-    ``None`` means "don't know": Alembic may refuse the files, or use a rule of its own.
-    """
+    """The version table's rows when all is done; ``None``: Alembic must be asked."""
     import graphlib
 
     below: dict[str, list[str]] = {}
     names = ["", "base", "head", "heads"]  # not for ids: three are targets
+    folders = [each for each in locations if os.path.exists(each)]
+    # Compiled here, since most processes never come to it.
+    assignment, doubt = re.compile(_ASSIGNMENT), re.compile(_DOUBT)
     try:
-        for path in _revision_files(locations):
-            with open(path, encoding="utf-8") as file:
+        for entry in [entry for folder in folders for entry in os.scandir(folder)]:
+            # Alembic goes by the name that a link leads to, and stumbles over others.
+            folder, name = os.path.split(entry.path)
+            odd = "__pycache__" in folder or "\n" in name or name.strip(".") == "py"
+            if odd or entry.is_symlink():
+                return None
+            is_source = name.endswith(".py") and not name.startswith((".#", "__init__"))
+            if entry.is_dir() or not is_source:
+                continue
+            with open(entry.path, encoding="utf-8") as file:
                 text = file.read()
-            matches = _ASSIGNMENT.findall(text)
+            matches = assignment.findall(text)
             found = {x: [s[1:-1] for s in re.findall(_STRING, v)] for x, v in matches}
-            if len(found) < len(matches) or _DOUBT.search(_ASSIGNMENT.sub("", text)):
+            if len(found) < len(matches) or doubt.search(assignment.sub("", text)):
                 return None
             [id_] = found["revision"]
             below[id_] = found["down_revision"] + found.get("depends_on", [])
@@ -2260,20 +2142,6 @@ def _quick_heads(locations: cabc.Sequence[str]) -> frozenset[str] | None:
     if illegal or len({*names}) < len(names) or covered - {*below}:
         return None
     return frozenset({*below} - covered)  # dependencies have no row: the "real heads"
-
-
-def _revision_files(locations: cabc.Iterable[str]) -> cabc.Iterator[str]:
-    """Find the files that Alembic would load."""
-    for location in filter(os.path.exists, locations):
-        for entry in list(os.scandir(location)):
-            name = entry.name
-            # Alembic goes by the name that a link leads to, and stumbles over others.
-            odd = "__pycache__" in location or "\n" in name or name.strip(".") == "py"
-            if odd or entry.is_symlink():
-                raise ValueError(entry.path)
-            is_source = name.endswith(".py") and not name.startswith((".#", "__init__"))
-            if is_source and not entry.is_dir():
-                yield entry.path
 
 
 # -- Commands --------------------------------------------------------------------------
@@ -2306,61 +2174,47 @@ _OPTIONS: t.Final = {
     "quiet": ("-q/--quiet", "", "Show no progress."),
     "verbose": ("-v/--verbose", "", "Show more, and the traceback of an error."),
 }
-_DEFAULTS: t.Final[dict[str, t.Any]] = {"branch": "default", "parent": ("head",)}
 #: The commands, for applications that mount them under a group of their own.
 cli: t.Final[AppGroup] = AppGroup("db", help="Perform database migrations.")
 
 
-def _command(
-    name: str, options: str = "", *, alias: str = "", **arguments: str
-) -> cabc.Callable[[cabc.Callable[..., t.Any]], None]:
-    """Add a command with what _OPTIONS says, and arguments with their defaults."""
+def _command(names: str, keys: str = "") -> cabc.Callable[[t.Any], None]:
+    """Add a command, and an alias, with arguments (in capitals) and _OPTIONS."""
     params: list[click.Parameter] = []
-    for key, default in arguments.items():
-        many = {"nargs": -1, "default": (default,)} if key.endswith("s") else {}
-        metavar = f"[{key.upper().rstrip('_')}]{'...' * bool(many)}"
-        settings: dict[str, t.Any] = {"default": default, "metavar": metavar} | many
-        params.append(click.Argument([key], **settings))
-    for key in f"{options} verbose".split():
-        names, metavar, text = _OPTIONS[key]
-        option = click.Option(
-            [*names.split("/"), key],
-            is_flag=not metavar,
-            multiple=metavar.endswith("*"),
-            metavar=metavar.rstrip("*") or None,
-            default=_DEFAULTS.get(key, None if metavar else False),
-            help=text + " Can be repeated." * metavar.endswith("*"),
-        )
-        params.append(option)
+    for key in f"{keys} verbose".split():
+        if key.isupper():
+            many, metavar = key.endswith("S"), f"[{key.rstrip('_')}]"
+            kind: dict[str, t.Any] = {"nargs": -1 if many else 1, "required": False}
+            metavar += "..." if many else ""
+            params.append(click.Argument([key.lower()], metavar=metavar, **kind))
+            continue
+        written, metavar, text = _OPTIONS[key]
+        kind = {"is_flag": True}
+        if metavar:
+            kind = {"metavar": metavar.rstrip("*"), "multiple": metavar.endswith("*")}
+        text += " Can be repeated." if metavar.endswith("*") else ""
+        params.append(click.Option([*written.split("/"), key], help=text, **kind))
 
-    def add(callback: cabc.Callable[..., t.Any]) -> None:
-        text = str(callback.__doc__)
-        short = text.partition("\n")[0] + f" Alias: {alias}." * bool(alias)
+    def add(callback: t.Any) -> None:
+        name, *aliases = names.split()
+        short = callback.__doc__.partition("\n")[0]
+        short += "".join(f" Alias: {alias}." for alias in aliases)
+        kind = {"params": params, "help": callback.__doc__, "short_help": short}
         # A target may be "-2".
-        extra = {"ignore_unknown_options": "target" in arguments}
-        for each in filter(None, (name, alias)):
-            hidden, run = each == alias, functools.partial(_run_command, callback)
-            cli.command(
-                each,
-                params=params,
-                help=text,
-                short_help=short,
-                hidden=hidden,
-                context_settings=extra,
-            )(run)
+        kind["context_settings"] = {"ignore_unknown_options": "TARGET" in keys.split()}
+        for each in (name, *aliases):
+            make = cli.command(each, hidden=each in aliases, **kind)
+            make(functools.partial(_run_command, callback))
 
     return add
 
 
-def _run_command(
-    callback: cabc.Callable[..., t.Any], verbose: bool, **options: t.Any
-) -> None:
+def _run_command(callback: t.Any, verbose: bool, **options: t.Any) -> None:
     """Print what a command returns, and make one line of an error of the user's."""
     given = {key: value for key, value in options.items() if value not in ((), None)}
-    verbose = verbose or get_debug_flag()
     ctx, alembic = click.get_current_context(), current_app.extensions.get("alembic")
     if re.match(r"-(?!\d+$)", given.get("target", "")):
-        raise click.NoSuchOption(given["target"], ctx=ctx)
+        raise click.NoSuchOption(given["target"])
     if alembic is None:
         raise click.ClickException("The application has no 'Alembic(app)'.")
     loggers = (logging.getLogger("alembic"), _logger, logging.root)
@@ -2369,8 +2223,11 @@ def _run_command(
     shows = given.get("quiet") or kinds - {logging.NullHandler}
     try:
         with contextlib.nullcontext() if shows else _logged(_say):
-            for each in callback(alembic, **given):
-                click.echo(each if isinstance(each, str) else _format(each, verbose))
+            marks = given.pop("indicate_current", False)
+            states = alembic.status(given.get("database")) if marks else {}
+            for each in callback(alembic, **given) or ():
+                is_text, verbosely = isinstance(each, str), ctx.params["verbose"]
+                click.echo(each if is_text else _format(each, verbosely, states))
     except KeyboardInterrupt as error:
         _say("\n".join(["", *getattr(error, "__notes__", ())]))
         raise
@@ -2385,95 +2242,83 @@ def _run_command(
             is_ours = frame.tb_frame.f_globals is globals()
             begin, frame = frame.tb_next if is_ours else begin, frame.tb_next
         if verbose or line is None:
-            _say("".join(format_exception(type(error), error, begin)).rstrip())
+            _say("".join(format_exception(error.with_traceback(begin))).rstrip())
         if line is not None:
             raise click.ClickException(line) from error
         ctx.exit(1)
 
 
-@_command("mkdir", alias="init")
-def _mkdir_command(alembic: Alembic) -> t.Any:
+@_command("mkdir init")
+def _mkdir_command(alembic: Alembic) -> None:
     """Make the migrations folder and its template, unless they exist."""
     alembic.mkdir()
-    return ()
 
 
 @_command(
-    "revision",
-    "message empty branch parent splice depend label path rev_id x database",
-    alias="migrate",
-    message_="",
+    "revision migrate",
+    "MESSAGE_ message empty branch parent splice depend label path rev_id x database",
 )
 def _revision_command(
-    alembic: Alembic, message_: str, message: str = "", **options: t.Any
-) -> t.Any:
+    alembic: Alembic, message_: str = "", message: str = "", **options: t.Any
+) -> list[str]:
     """Write a revision file from what changed in the models.
 
-    MESSAGE says what. The models are compared with the databases, which have to be up
+    MESSAGE says what. The databases, which the models are compared with, have to be up
     to date. Review the file that is written. When nothing changed, none is written.
     """
     if message_ and message:
         raise click.UsageError("Give the message either as MESSAGE or with '-m'.")
     made = alembic.revision(message_ or message, **options)
     if not made:
-        metadatas = [x.metadata for x in _find_targets(alembic).values()]
-        has_tables = any(x.tables for each in metadatas for x in _as_list(each))
-        advice = "to write a revision by hand, add --empty"
-        advice = advice if has_tables else "there is no table: import the models"
+        models = [_as_list(each.metadata) for each in _find_targets(alembic).values()]
+        advice = "there is no table: import the models"
+        if any(each.tables for some in models for each in some):
+            advice = "to write a revision by hand, add --empty"
         _say(f"No changes detected; {advice}.")
     return [script.path for script in made]
 
 
-@_command("merge", "message label rev_id splice", revisions="heads")
-def _merge_command(alembic: Alembic, **options: t.Any) -> t.Any:
-    """Write a revision file that joins several heads.
-
-    REVISIONS are ids or names of branches. The default is all heads.
-    """
+@_command("merge", "REVISIONS message label rev_id splice")
+def _merge_command(alembic: Alembic, **options: t.Any) -> list[str]:
+    """Write a revision that joins REVISIONS (or branches), by default all heads."""
     return [alembic.merge(**options).path]
 
 
-@_command("upgrade", "sql quiet tag x database", target="heads")
-def _upgrade_command(alembic: Alembic, **options: t.Any) -> t.Any:
+@_command("upgrade", "TARGET sql quiet tag x database")
+def _upgrade_command(
+    alembic: Alembic, target: str = "heads", **options: t.Any
+) -> t.Any:
     """Run the revisions that lead up to TARGET.
 
     TARGET is a revision id or its beginning, 'head', 'heads', 'BRANCH@head', or a
-    number of steps, as '+2'. The default is 'heads', the head of every branch. With
-    --sql it is [START:]TARGET; START is where the database stands: 'base' by default,
-    or 'current' to ask it.
+    number of steps, as '+2'. The default is 'heads', the head of every branch. --sql
+    takes [START:]TARGET; START is 'base' by default, or 'current' to ask the database.
     """
-    return _migrate(alembic, "upgrade", **options)
+    return _migrate(alembic, "upgrade", target, **options)
 
 
-@_command("downgrade", "sql quiet tag x database", target="-1")
-def _downgrade_command(alembic: Alembic, **options: t.Any) -> t.Any:
+@_command("downgrade", "TARGET sql quiet tag x database")
+def _downgrade_command(alembic: Alembic, target: str = "-1", **options: t.Any) -> t.Any:
     """Undo the last revision, or all down to TARGET.
 
     TARGET is a revision id or its beginning, 'base', 'BRANCH@base', or a number of
-    steps, as '-2' or 'BRANCH@-1'. The default is '-1'. With --sql it is START:TARGET;
-    START is where the database stands: a revision, or 'current' to ask it.
+    steps, as '-2' or 'BRANCH@-1'. The default is '-1'. --sql takes START:TARGET; START
+    is where the database stands, or 'current' to ask it.
     """
-    if options["sql"] and not all(options["target"].partition(":")):
+    if options["sql"] and not all(target.partition(":")):
         raise click.UsageError("'--sql' needs START:TARGET here, as 'current:-1'.")
-    return _migrate(alembic, "downgrade", **options)
+    return _migrate(alembic, "downgrade", target, **options)
 
 
-@_command("stamp", "purge sql tag x database", targets="heads")
-def _stamp_command(
-    alembic: Alembic, targets: _Ids, purge: bool, sql: bool, **options: t.Any
-) -> t.Any:
+@_command("stamp", "TARGETS purge sql tag x database")
+def _stamp_command(alembic: Alembic, **options: t.Any) -> t.Any:
     """Write TARGETS into the version table without running a revision.
 
     TARGETS are revision ids or their beginnings, 'heads', 'base' or 'BRANCH@head'. The
-    default is 'heads', the head of every branch. The row of a branch that is not named
-    stays. With --sql, the first may be START:TARGET.
+    default is 'heads'. The row of a branch that is not named stays. With --sql, the
+    first may be START:TARGET.
     """
-    if sql and purge:
-        raise click.UsageError("Give either '--sql' or '--purge'.")
-    start, first = _split_range(targets[0], sql)
-    if sql:
-        return _sql_lines(alembic.stamp_sql([first, *targets[1:]], start, **options))
-    return alembic.stamp([first, *targets[1:]], purge=purge, **options)
+    return _migrate(alembic, "stamp", *options.pop("targets", ["heads"]), **options)
 
 
 @_command("status", "json database")
@@ -2481,40 +2326,31 @@ def _status_command(alembic: Alembic, json: bool, **options: t.Any) -> t.Any:
     """Show where each database stands, and what is pending."""
     from json import dumps
 
-    lines: list[str] = []
-    data: dict[str, t.Any] = {}
-    for name, state in alembic.status(**options).items():
-        data[name] = {  # the keys are promised
-            "current": [script.revision for script in state.current],
-            "heads": [script.revision for script in state.heads],
-            "pending": [
-                {"revision": x.revision, "message": _summary(x), "path": x.path}
-                for x in state.pending
-            ],
-            "unknown": [*state.unknown],
-        }
-        words, colour = "up to date", "green"
+    states = alembic.status(**options)
+    data = {name: state._asdict() for name, state in states.items()}
+    for name, state in states.items():
+        data[name]["pending"] = [
+            {"revision": x.revision, "message": _summary(x), "path": x.path}
+            for x in state.pending
+        ]
+        words = f"{_count(state.pending)} pending" if state.pending else "up to date"
         if state.unknown:
-            words, colour = f"unknown ids: {', '.join(state.unknown)}", "red"
-        elif state.pending:
-            words, colour = f"{_count(state.pending)} pending", "yellow"
-        lines.append(f"{name}: {click.style(words, fg=colour)}")
-        for kind, scripts in zip(
-            ("current", "head", "pending"), state[:3], strict=True
-        ):
+            words = f"unknown ids: {', '.join(state.unknown)}"
+        lines = [f"{name}: {words}"]
+        kinds = ("current", "head", "pending")
+        for kind, scripts in zip(kinds, state[:3], strict=True):
             texts = [f"{x.revision}  {_summary(x)}".rstrip() for x in scripts]
             lines += [f"  {kind:<7}  {text}" for text in texts]
-    return [dumps({"databases": data}, indent=2)] if json else lines
+        yield from [] if json else lines
+    if json:
+        yield dumps({"databases": data}, indent=2, default=lambda x: x.revision)
 
 
 @_command("current", "check_heads database")
 def _current_command(
-    alembic: Alembic, check_heads: bool, database: cabc.Sequence[str] = ()
+    alembic: Alembic, check_heads: bool, database: t.Any = ()
 ) -> t.Any:
-    """Show the revisions that each database is at.
-
-    With --check-heads, exit with 1 if an upgrade would run anything.
-    """
+    """Show the revisions that each database is at."""
     names = database or alembic.databases
     found = {name: alembic.current(name) for name in names}
     for name, scripts in found.items():
@@ -2526,11 +2362,8 @@ def _current_command(
 
 
 @_command("check", "database")
-def _check_command(alembic: Alembic, database: cabc.Sequence[str] = ()) -> t.Any:
-    """Exit with 1 if the models and the databases differ.
-
-    So it does if a branch has more than one head.
-    """
+def _check_command(alembic: Alembic, database: t.Any = ()) -> t.Any:
+    """Exit with 1 if models and databases differ, or a branch has several heads."""
     lines: list[str] = []
     for name in database or alembic.databases:
         found: list[str] = []
@@ -2541,7 +2374,6 @@ def _check_command(alembic: Alembic, database: cabc.Sequence[str] = ()) -> t.Any
             note = f", which has {_count(pending)} pending" if pending else ""
             lines += [f"Changes detected in database '{name}'{note}:"]
             lines += [f"  {line}" for line in found or map(repr, diffs)]
-
     branches: dict[str, list[str]] = {}
     for head in alembic.heads():
         branch = ", ".join(sorted(head.branch_labels)) or "default"
@@ -2552,7 +2384,7 @@ def _check_command(alembic: Alembic, database: cabc.Sequence[str] = ()) -> t.Any
             lines += [f'  flask db merge -m "merge heads" {" ".join(ids)}']
     yield from lines or ["No changes detected."]
     if lines:
-        click.get_current_context().exit(1)
+        raise click.exceptions.Exit(1)
 
 
 @_command("heads", "resolve_dependencies")
@@ -2566,96 +2398,80 @@ def _branches_command(alembic: Alembic) -> t.Any:
     """Show the revisions that more than one other follows, and those."""
     for script in alembic.branches():
         children = alembic.script_directory.get_revisions(sorted(script.nextrev))
-        yield from [script, *(f"    -> {_format(child)}" for child in children)]
+        yield from [
+            script,
+            *(f"    -> {_format(each, False, {})}" for each in children),
+        ]
 
 
-@_command("log", "start end rev_range indicate_current database", alias="history")
-def _log_command(
-    alembic: Alembic,
-    indicate_current: bool,
-    database: t.Any = None,
-    rev_range: str = "",
-    **ends: t.Any,
-) -> t.Any:
+@_command("log history", "start end rev_range indicate_current database")
+def _log_command(alembic: Alembic, rev_range: str = "", **options: t.Any) -> t.Any:
     """Show the history, newest first.
 
     Either end is a revision id or its beginning, a symbol as 'BRANCH@head', or
     'current'. The default is from 'base' to 'heads'.
     """
+    start, end = options.get("start", ""), options.get("end", "")
     if rev_range:
-        start, colon, end = rev_range.partition(":")
-        if ends or not colon:
+        if start or end or ":" not in rev_range:
             raise click.UsageError("'-r' takes A:B, in place of '--start' and '--end'.")
-        ends = {"start": start or "base", "end": end or "heads"}
-    return _marked(alembic, alembic.log(**ends), indicate_current, database)
+        start, _, end = rev_range.partition(":")
+    return alembic.log(start or "base", end or "heads")
 
 
-@_command("show", "indicate_current database", revisions="head")
-def _show_command(
-    alembic: Alembic, revisions: _Ids, indicate_current: bool, database: t.Any = None
-) -> t.Any:
+@_command("show", "REVISIONS indicate_current database")
+def _show_command(alembic: Alembic, **options: t.Any) -> t.Any:
     """Show all about REVISIONS.
 
-    They are revision ids or their beginnings, symbols as 'BRANCH@head', or 'current'.
-    The default is 'head'.
+    They are revision ids or their beginnings, symbols as 'BRANCH@head', or 'current';
+    by default 'head'.
     """
-    found: list[Script] = []
-    for name in revisions:
-        is_current, script = name == "current", alembic.script_directory
-        found += alembic.current(database) if is_current else _scripts(script, name)
     click.get_current_context().params["verbose"] = True
-    return _marked(alembic, found, indicate_current, database)
+    for name in options.get("revisions", ["head"]):
+        if name == "current":
+            yield from alembic.current(options.get("database"))
+        else:
+            yield from _scripts(alembic.script_directory, name)
 
 
-@_command("edit", revision="head")
-def _edit_command(alembic: Alembic, revision: str) -> t.Any:
+@_command("edit", "REVISION")
+def _edit_command(alembic: Alembic, revision: str = "head") -> None:
     """Open the file of REVISION, by default of the head, in your $EDITOR."""
     for script in _scripts(alembic.script_directory, revision):
         click.edit(filename=script.path)
-    return ()
 
 
-def _split_range(target: str, sql: bool) -> tuple[str, str]:
-    """Take ``[START:]TARGET`` apart."""
-    start, colon, end = target.rpartition(":")
-    if not end or (colon and not sql):
-        raise click.UsageError(f"'{target}' is no target; START:TARGET is for '--sql'.")
-    return start or "base", end
-
-
-def _migrate(alembic: t.Any, verb: str, target: str, **options: t.Any) -> t.Any:
-    """Upgrade or downgrade, telling of the progress, or print what that would run."""
-    sql, quiet = options.pop("sql"), options.pop("quiet")
-    start, target = _split_range(target, sql)
+def _migrate(alembic: t.Any, verb: str, *targets: str, **options: t.Any) -> t.Any:
+    """Upgrade, downgrade or stamp, telling of the progress; or make SQL of it."""
+    sql, quiet = options.pop("sql"), options.pop("quiet", False)
+    start, colon, first = targets[0].rpartition(":")
+    if not first or (colon and not sql):
+        raise click.UsageError(f"'{targets[0]}' is not TARGET (--sql: [START:]TARGET).")
+    if sql and options.pop("purge", False):
+        raise click.UsageError("Give either '--sql' or '--purge'.")
+    target = (first, *targets[1:]) if targets[1:] else first
     if sql:
-        return _sql_lines(getattr(alembic, f"{verb}_sql")(target, start, **options))
+        scripts = getattr(alembic, f"{verb}_sql")(target, start or "base", **options)
+        form = "-- Database: {}\n\n{}\n" if len(scripts) > 1 else "{1}"
+        return [form.format(name, text.rstrip()) for name, text in scripts.items()]
 
-    def report(
-        name: str, script: Script, number: int, total: int, seconds: float
-    ) -> None:
+    def report(name: str, script: Script, number: int, of: int, took: float) -> None:
         id_ = click.style(script.revision, fg="cyan")
-        words = [f"{number:>3}/{total}", *[name] * several, id_, _summary(script)]
-        _say(f"{'  '.join(filter(None, words))} ... {seconds:.2f}s")
+        words = [f"{number:>3}/{of}", *[name] * several, id_, _summary(script)]
+        _say(f"{'  '.join(filter(None, words))} ... {took:.2f}s")
 
     several, began = len(alembic.databases) > 1, time.perf_counter()
     g.flask_alembic_report = None if quiet else report
-    ran = getattr(alembic, verb)(target, **options)
+    try:
+        ran = getattr(alembic, verb)(target, **options)
+    finally:
+        g.pop("flask_alembic_report")
+    if verb == "stamp":
+        return ran
     if not quiet:
         done = f"{_count(ran)} {verb}d in {time.perf_counter() - began:.2f}s."
         _say(done if ran else "Nothing to do.")
     return ()
-
-
-def _marked(
-    alembic: Alembic, scripts: list[Script], wanted: bool, database: t.Any
-) -> cabc.Iterator[str]:
-    """Revisions with the databases that are at them, if not all are."""
-    states = alembic.status(database) if wanted else {}
-    verbose = click.get_current_context().params["verbose"]
-    for script in scripts:
-        names = [name for name, state in states.items() if script in state.current]
-        where = ": " + ", ".join(names) if len(names) < len(states) else ""
-        yield _format(script, verbose, f" (current{where})" if names else "")
 
 
 def _summary(script: Script) -> str:
@@ -2664,11 +2480,14 @@ def _summary(script: Script) -> str:
     return "" if text.startswith("Revision ID: ") else text
 
 
-def _format(script: Script, verbose: bool = False, mark: str = "") -> str:
+def _format(script: Script, verbose: bool, states: dict[str, DatabaseStatus]) -> str:
     """A revision as Alembic shows it, whose own mark is state that threads share."""
     text = script.cmd_format(verbose, include_branches=True, include_parents=True)
     for names in (script.branch_labels, script.nextrev):  # sets
         text = text.replace(", ".join(names), ", ".join(sorted(names)), 1)
+    at = [name for name, state in states.items() if script in state.current]
+    where = f": {', '.join(at)}" if len(at) < len(states) else ""
+    mark = f" (current{where})" if at else ""
     if verbose:
         return text.replace("\n", f"{mark}\n", 1)
     return f"{text}{mark}, {_summary(script)}".removesuffix(", ")
@@ -2676,12 +2495,6 @@ def _format(script: Script, verbose: bool = False, mark: str = "") -> str:
 
 def _count(revisions: cabc.Sequence[t.Any]) -> str:
     return f"{len(revisions)} revision{'' if len(revisions) == 1 else 's'}"
-
-
-def _sql_lines(scripts: dict[str, str]) -> cabc.Iterator[str]:
-    for name, script in scripts.items():
-        text = script.rstrip()
-        yield f"-- Database: {name}\n\n{text}\n" if len(scripts) > 1 else text
 
 
 def _say(text: str) -> None:
@@ -2706,12 +2519,13 @@ def _logged(tell: cabc.Callable[[str], t.Any]) -> cabc.Generator[None]:
             tell(text)
         return False
 
-    handler = logging.NullHandler()
-    handler.handle = handle  # type: ignore[method-assign]
+    handler = logging.Handler()
+    handler.addFilter(handle)
     with contextlib.ExitStack() as undo:
         for logger in (logging.getLogger("alembic"), _logger):
-            undo.callback(logger.__dict__.update, handlers=logger.handlers)
+            kept = {"handlers": logger.handlers, "propagate": logger.propagate}
+            undo.callback(logger.__dict__.update, kept)
             undo.callback(logger.setLevel, logger.level)
-            logger.handlers = [handler]
+            logger.handlers, logger.propagate = [handler], False
             logger.setLevel(logging.INFO)
         yield

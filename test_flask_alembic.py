@@ -34,7 +34,6 @@ import uuid
 import warnings
 
 import click
-import flask_alembic
 import flask_sqlalchemy
 import flask_sqlalchemy_lite
 import hypothesis
@@ -54,10 +53,6 @@ from flask import current_app
 from flask.cli import AppGroup
 from flask.cli import FlaskGroup
 from flask.testing import FlaskCliRunner
-from flask_alembic import Alembic
-from flask_alembic import FlaskAlembicError
-from flask_alembic import MigrationLockTimeout
-from flask_alembic import cli
 from hypothesis import given
 from hypothesis import strategies as st
 from sqlalchemy import event
@@ -68,6 +63,12 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.ext.asyncio import create_async_engine
+
+import flask_alembic
+from flask_alembic import Alembic
+from flask_alembic import FlaskAlembicError
+from flask_alembic import MigrationLockTimeout
+from flask_alembic import cli
 
 # -- Fixtures and helpers --------------------------------------------------------------
 
@@ -883,6 +884,8 @@ def test_flaskbb_overrides_config(app: Flask, make_engine: MakeEngine) -> None:
         assert ids(portal.upgrade()) == ids(portal.current()) == [script.revision]
         assert portal.env.config.get_main_option("colour") == "blue"
         assert len(built) == 1
+        portal._get_cache().clear()
+        assert portal.config is built[1]
 
 
 def test_invenio_overrides_run_migrations(app: Flask, make_engine: MakeEngine) -> None:
@@ -1049,7 +1052,7 @@ def test_contexts_in_threads(app: Flask, url: str) -> None:
         start.wait()
         answers: set[t.Any] = set()
 
-        for _ in range(10):
+        for _ in range(5):
             with app.app_context():
                 answers.add((*ids(extension.current()), extension.needs_upgrade()))
 
@@ -1243,7 +1246,7 @@ def test_values(app: Flask, percent: str) -> None:
     assert re.fullmatch(r"\d{4}_aa_long_?\.py", pathlib.Path(script.path).name)
 
 
-@pytest.mark.parametrize("separator", ["os", "space", ";"])
+@pytest.mark.parametrize("separator", ["os", "space"])
 @pytest.mark.parametrize("form", ["box/{0}", "{1}/box/{0}", "box:{0}", "path"])
 def test_locations(
     app: Flask, monkeypatch: pytest.MonkeyPatch, form: str, separator: str
@@ -1734,8 +1737,7 @@ def test_flask_migrate_project_goes_on(
     bind = '"users"' if multidb else "None"
     site = write_site(tmp_path / "site", MIGRATE_APP.replace("WHERE", bind))
     module, folder = site / "app.py", site / "migrations"
-    url = f"sqlite:///{site}/"
-    monkeypatch.setenv("URL", url)
+    monkeypatch.setenv("URL", url := f"sqlite:///{site}/")
 
     if not multidb:
         (site / "app").mkdir()
@@ -1751,6 +1753,7 @@ def test_flask_migrate_project_goes_on(
     edits = {"flask_migrate import Migrate": "flask_alembic import Alembic"}
     edits |= {"Migrate(app, db)": "Alembic(app)"}
     edits |= {"__bind": "name = db.Column(db.Text)\n    __bind"}
+    edits |= {"class User": 'db.Table("post", db.Column("id", db.Integer))\nclass User'}
     app = load_app(module, **edits)
 
     if multidb:
@@ -1772,6 +1775,7 @@ def test_flask_migrate_project_goes_on(
         f"{url}{names[-1]}.db", "SELECT name FROM pragma_table_info('user')"
     )
     assert columns == [("id",), ("name",)]
+    assert "post" in table_names(f"{url}default.db")
 
 
 def test_own_folder_goes_before_one_beside(
@@ -2338,6 +2342,7 @@ PER_REVISION: t.Final = {"transaction_per_migration": True}
         on("sqlite", {}, CHANGE, {"first"}),
         on("sqlite", PER_RUN, CHANGE, NONE, name="one-transaction"),
         on("sqlite", {}, f"{LOAD}1 / 0", {"first", "early"}, name="script"),
+        on("sqlite", {}, f"{LOAD}op.execute('oops')", {"first", "early"}, name="oops"),
         on("sqlite", {}, f"{COMMIT}1 / 0", {"first", "early"}, name="commit"),
         on("sqlite", {}, f"{BLOCK}{LATE}", {"first", "early"}, name="autocommit"),
         on("postgresql", {}, CHANGE, NONE),
@@ -2360,7 +2365,7 @@ def test_note_of_a_failure_is_true(
     rig.write("aa", None, first)
     rig.write("bb", "aa", body)
 
-    with pytest.raises(ZeroDivisionError) as caught:
+    with pytest.raises((ZeroDivisionError, DBAPIError)) as caught:
         rig.upgrade()
 
     notes = all_notes(caught.value)
@@ -2372,13 +2377,11 @@ def test_note_of_a_failure_is_true(
     row = [(1, None)] if kind == "mariadb" else [(1,)]
     assert not left or query(rig.url, "SELECT * FROM first") == row
 
-    if kind == "mariadb" or "early" in left:
-        assert re.search(r"\b(stay|kept|keep|remain|commit)", notes)
-        assert not re.search("(everything|all|nothing)[^.;,]*(rolled back|left)", notes)
-    else:
-        assert "rolled back" in notes
-        assert not re.search(r"\bstay|\bkept|stamp", notes)
-
+    is_kept = kind == "mariadb" or "early" in left
+    kept = r"\b(stay|kept|keep|remain|committed)"
+    assert re.search(kept if is_kept else "rolled back", notes)
+    # Only where something of the revision stays there is something to do by hand.
+    assert ("stamp" in notes) == is_kept
     assert kind != "mariadb" or re.search(r"\brows\b.*(rolled back|do not)", notes)
     rig.write("bb", "aa")
     assert rig.upgrade() == (["bb"] if left else ["aa", "bb"])
@@ -2730,9 +2733,11 @@ def test_engine_in_autocommit_is_migrated_atomically(
 ) -> None:
     """And is in autocommit again afterwards."""
     option = {"isolation_level": "AUTOCOMMIT"}
-    given = option if by == "create_engine" else {}
-    engine = make_engine(url, pool_size=1, max_overflow=0, **given)
-    rig = make_rig(url, engine=engine if given else engine.execution_options(**option))
+    at_once = option if by == "create_engine" else {}
+    engine = make_engine(url, pool_size=1, max_overflow=0, **at_once)
+    rig = make_rig(
+        url, engine=engine if at_once else engine.execution_options(**option)
+    )
     execute(url, "CREATE TABLE kept (id integer)")
     insert = "INSERT INTO kept VALUES (1)"
     rig.write("aa", None, f"op.execute('{insert}')\n1 / 0")
@@ -3200,14 +3205,10 @@ def in_async_view(app: Flask, work: cabc.Callable[[], object]) -> None:
     assert app.test_client().get("/").text == "done"
 
 
-@pytest.mark.parametrize("call", [in_plain_code, in_async_view])
 def test_every_method_takes_an_async_engine(
-    make_async_rig: MakeRig,
-    url: str,
-    metadata: sa.MetaData,
-    call: cabc.Callable[..., None],
+    make_async_rig: MakeRig, url: str, metadata: sa.MetaData
 ) -> None:
-    """From synchronous code, with nothing to await."""
+    """With nothing to await, while a loop runs and, as a command, while none does."""
     add_table(metadata, "kept")
     rig = make_async_rig(url, metadata=metadata)
     alembic = rig.alembic
@@ -3231,7 +3232,7 @@ def test_every_method_takes_an_async_engine(
         assert rig.tables == {"users"}
         assert ids(alembic.downgrade("base")) == ["aa"]
 
-    call(rig.app, work)
+    in_async_view(rig.app, work)
     assert (rig.tables, rig.versions) == (set(), set())
     assert rig.command("upgrade", "aa").exit_code == 0
     assert rig.command("check").exit_code == 1
@@ -3244,7 +3245,7 @@ async def use_engine(rig: Rig, statement: str) -> list[t.Any]:
 
 
 def test_application_keeps_its_own_pool(async_rig: Rig) -> None:
-    """No connection of ours gets into it, which would be of another event loop."""
+    """No connection of ours, of another loop, gets into it; ours are set up as its."""
     rig = async_rig
     rig.write("aa", None, CREATE_AND_DROP["upgrade"])
 
@@ -3263,8 +3264,10 @@ def test_application_keeps_its_own_pool(async_rig: Rig) -> None:
         await AsyncEngine(rig.engine).dispose()
         return str(rows)
 
+    configured: list[object] = []
+    event.listen(rig.engine, "connect", lambda *args: configured.append(args))
     rig.upgrade()
-    assert pooled() == (0, 0)
+    assert (pooled(), bool(configured)) == ((0, 0), True)
     rig.app.add_url_rule("/", view_func=view)
     client = rig.app.test_client()
     assert [client.get("/").text for _ in range(2)] == ["[(0,)]"] * 2
@@ -3810,12 +3813,11 @@ ENUM_SITE: t.Final = f"""{SITE_APP}
 
             assert len(alembic.revision("next")) == 1
             assert len(alembic.upgrade()) == 1
-            assert alembic.revision("nothing") == []
 
-        assert len(alembic.downgrade("base")) == 3
-        assert not sa.inspect(engine).get_enums()
-        assert len(alembic.upgrade()) == 3
+        assert alembic.revision("nothing") == []
         print([enum["labels"] for enum in sa.inspect(engine).get_enums()])
+        assert len(alembic.downgrade("base")) == 3
+        print(sa.inspect(engine).get_enums())
 """
 
 
@@ -3826,7 +3828,7 @@ def test_library_makes_the_enums(
     """alembic-postgresql-enum does what is its own, in a process that imports it."""
     site = write_site(tmp_path, ENUM_SITE)
     result = run_python(site, "app.py", URL=make_database("postgresql"))
-    assert result.stdout == "[['a', 'b', 'c']]\n", result.stderr
+    assert result.stdout == "[['a', 'b', 'c']]\n[]\n", result.stderr
 
 
 # -- Quick look ------------------------------------------------------------------------
@@ -4001,7 +4003,7 @@ def draw_lines(draw: st.DrawFn, source: str) -> str:
 
 
 @pytest.mark.parametrize("odd", [False, True])
-@hypothesis.settings(derandomize=True, deadline=None, max_examples=60, database=None)
+@hypothesis.settings(derandomize=True, deadline=None, max_examples=45, database=None)
 @given(data=st.data())
 def test_quick_look_is_never_wrong(odd: bool, data: st.DataObject) -> None:
     """For whatever Alembic can load; and a plain history is always answered."""
@@ -4124,9 +4126,7 @@ COMMANDS: t.Final = {
     "edit": "REVISION",
 }
 STORE: t.Final = {"x1": "users", "x2": "orders", "x3": "tags"}
-STORE_STEPS: t.Final = [
-    f"{n}/3  x{n}  add {table}" for n, table in enumerate(STORE.values(), 1)
-]
+STEPS: t.Final = [f"{n}/3  x{n}  add {x}" for n, x in enumerate(STORE.values(), 1)]
 
 
 def history_of(app: Flask) -> pathlib.Path:
@@ -4136,7 +4136,6 @@ def history_of(app: Flask) -> pathlib.Path:
 def write_titled(
     folder: pathlib.Path, rev: str, down: str | None, title: str, table: str = ""
 ) -> None:
-    """Write a revision with a message, which makes a table or nothing."""
     create = f"op.create_table('{table}', sa.Column('id', sa.Integer))"
     bodies = [create, f"op.drop_table('{table}')"] if table else []
     file = write_revision(folder, rev, down, *bodies)
@@ -4223,7 +4222,6 @@ def test_command_takes(names: str, expected: str) -> None:
 
 
 def test_help_lists_each_command_once(store: Flask) -> None:
-    """With its alias beside it."""
     text = db_stdout(store, "--help")
     rows = dict(re.findall(r"^  ([a-z]+) (.*(?:\n {8}.*)*)", text, re.M))
     assert sorted(rows) == sorted(names.split()[0] for names in COMMANDS)
@@ -4245,14 +4243,19 @@ def test_commands_mount_anywhere(store: Flask, flask_made: bool) -> None:
     assert "-> x1, add users" in runner.invoke(args=[*args, "current"]).stdout
 
 
-def test_commands_take_the_extension_from_the_application(store: Flask) -> None:
-    """With a context of it, without, and without the ``flask`` command around."""
+def test_commands_take_the_extension_from_the_application(
+    store: Flask, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """With a context of it, in which Python goes on to print nothing, or without."""
     assert_one_line(Flask("bare").test_cli_runner().invoke(cli, ["upgrade"]))
     head = store.test_cli_runner().invoke(cli, ["heads"]).stdout
     assert head == db_stdout(store, "heads") == "x2 -> x3 (head), add tags\n"
 
     with store.app_context():
-        assert db_stdout(store, "heads") == head
+        assert db_stdout(store, "upgrade x2") == ""
+        store.extensions["alembic"].upgrade()
+
+    assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("name", ["schema", ""])
@@ -4264,7 +4267,7 @@ def test_command_name_of_the_group(app: Flask, name: str) -> None:
 TYPED_MISTAKES: t.Final = [
     *("upgrade nope", "upgrade @", "upgrade x1-1", "upgrade +9", "upgrade --sql @:x1"),
     *("downgrade nope", "downgrade @", "downgrade nope@-1", "downgrade -2"),
-    *("stamp nope", "stamp @", "stamp -- -9", "stamp --sql nope"),
+    *("stamp nope", "stamp @", "stamp -- -1", "stamp --sql nope"),
     *("show nope", "show @", "show -- -9", "edit @", "log --end x1-1"),
     *("log --start nope", "merge x1 @", "merge", "current -n nope", "status -n nope"),
     *("revision --empty -p nope", "revision --empty -p -9", "revision --empty -d @"),
@@ -4272,7 +4275,8 @@ TYPED_MISTAKES: t.Final = [
 ]
 WRONG_USAGE: t.Final = [
     *("nope", "upgrade --bogus", "upgrade x1 x2", "upgrade x1:x2", "downgrade -z"),
-    *("downgrade -2 --bogus", "revision one -m two", "log -r x1"),
+    *("downgrade -2 --bogus", "revision one -m two", "log -r x1", "downgrade --sql"),
+    *("stamp --sql --purge", "upgrade ''", "log -r x1:x2 --start x1"),
 ]
 
 
@@ -4281,7 +4285,7 @@ def test_typed_mistake_is_one_line(store: Flask, line: str) -> None:
     """It repeats the last word, exits with 1 or 2, and nothing is done."""
     write_rows(sqlite_file(store), "x1")
     before, word = files(store), line.split()[-1].partition(":")[0][:20]
-    result = invoke_db(store, *line.split())
+    result = invoke_db(store, *shlex.split(line))
 
     if line in TYPED_MISTAKES:
         assert_one_line(result, word)
@@ -4294,10 +4298,10 @@ def test_typed_mistake_is_one_line(store: Flask, line: str) -> None:
 
 
 def test_folder_that_cannot_be_written_is_one_line(app: Flask) -> None:
-    app.config["ALEMBIC"] = {"version_locations": ["/sys"]}
+    app.config["ALEMBIC"] = {"version_locations": ["/sys/block"]}
     build_sqlite(app)
-    result = invoke_db(app, "revision", "m", "--empty", "--path", "/sys")
-    assert_one_line(result, "/sys")
+    result = invoke_db(app, "revision", "m", "--empty", "--path", "/sys/block")
+    assert_one_line(result, "/sys/block")
     folder = history_of(app)
     shutil.rmtree(folder)
     folder.write_text("")  # not even root can make a folder of a file
@@ -4331,7 +4335,6 @@ def test_options_come_from_the_environment(store: Flask) -> None:
 
 
 def test_x_and_tag_reach_revisions(store: Flask) -> None:
-    """Also -x without a value."""
     body = "op.execute(f'-- {context.get_x_argument()} {context.get_tag_argument()}')"
     write_revision(history_of(store), "x4", "x3", body)
     script = db_stdout(store, "upgrade --sql x3:heads -x size=9 -x dry --tag blue")
@@ -4379,7 +4382,7 @@ def assert_progress(lines: cabc.Iterable[str], *steps: str) -> None:
 def test_progress_in_a_pipe(store: Flask) -> None:
     """On stderr, without colour; a bare number counts down."""
     result = invoke_db(store, "upgrade")
-    assert_progress(result.stderr.splitlines(), *STORE_STEPS)
+    assert_progress(result.stderr.splitlines(), *STEPS)
     assert (result.stdout, "\x1b" in result.stderr) == ("", False)
     result = invoke_db(store, "downgrade", "1")
     assert_progress(result.stderr.splitlines(), "1/1  x3  add tags")
@@ -4442,7 +4445,9 @@ def test_reading_leaves_no_trace(store: Flask, line: str) -> None:
     assert not table_names(sqlite_file(store))
 
 
-def test_check_says_changes_once_and_in_words(store: Flask) -> None:
+def test_check_says_changes_once_and_in_words(
+    store: Flask, caplog: pytest.LogCaptureFixture
+) -> None:
     db_stdout(store, "upgrade")
     assert "No changes detected" in db_stdout(store, "check")
     drop, add = "DROP TABLE orders", "ALTER TABLE users ADD COLUMN age INTEGER"
@@ -4453,6 +4458,8 @@ def test_check_says_changes_once_and_in_words(store: Flask) -> None:
     assert len(re.findall("table.*orders|column.*age", result.stdout)) == 2
     assert len(re.findall("orders|age", result.stdout)) == 2
     assert not re.search(r"add_table|Table\(", result.output)
+    assert store.test_cli_runner().invoke(args=["db", "check"]).stderr == ""
+    assert not caplog.records  # where the application shows log lines
 
 
 def test_check_gives_the_line_that_merges(store: Flask) -> None:
@@ -4563,6 +4570,7 @@ def test_stamp_command(store: Flask) -> None:
     execute(sqlite_file(store), change)
     assert_one_line(invoke_db(store, "stamp", "x3"), "feed", "--purge")
     assert_one_line(invoke_db(store, "current"), "feed", "--purge")
+    assert re.search("unknown.*feed", db_stdout(store, "status"))
     assert db_stdout(store, "stamp --purge x3") == "x2 -> x3 (head), add tags\n"
     assert versions(sqlite_file(store)) == {"x3"}
 
@@ -4575,26 +4583,21 @@ def store_site(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathl
     return write_site(tmp_path / "site")
 
 
-def test_flask_process(store_site: pathlib.Path) -> None:
-    """In a real process: the environment, and nobody who reads the pipe."""
-    run = flask_db(store_site, "upgrade", FLASK_DB_UPGRADE_SQL="1")
-    assert (run.returncode, run.stderr) == (0, "")
-    assert "CREATE TABLE users" in run.stdout
+def test_closed_pipe_is_no_error(store_site: pathlib.Path) -> None:
+    """As in ``flask db log | head -1``: nobody reads on, nobody complains."""
     process = start_process(store_site, "-m", "flask", "db", "log")
-    assert process.stdout
+    assert process.stdout and process.stderr
     process.stdout.close()
-    assert process.stderr and process.stderr.read() == ""
+    assert process.stderr.read() == ""
     process.stderr.close()
     process.wait(timeout=60)
 
 
 def test_traceback_begins_at_the_revision(store_site: pathlib.Path) -> None:
-    """With -v it is whole."""
+    """With -v, which may come from the environment, it is whole."""
     file = write_revision(store_site / "migrations", "x1", None, "1 / 0")
-    brief, whole = (
-        flask_db(store_site, "upgrade"),
-        flask_db(store_site, "upgrade", "-v"),
-    )
+    brief = flask_db(store_site, "upgrade")
+    whole = flask_db(store_site, "upgrade", FLASK_DB_UPGRADE_VERBOSE="1")
     top = rf'Traceback \(most .*\):\n  File "{file}", line \d+, in upgrade\n    1 / 0'
     assert re.search(top, brief.stderr)
     assert whole.stderr.count("\n  File ") > brief.stderr.count("\n  File ")
@@ -4638,7 +4641,7 @@ def test_progress_of_a_process(store_site: pathlib.Path, way: str) -> None:
         text = flask_db(store_site, "upgrade").stderr
 
     lines = on_screen(text)
-    assert_progress(lines, *STORE_STEPS)
+    assert_progress(lines, *STEPS)
     logged = [x for x in lines if re.match("INFO:alembic.*Running upgrade", x)]
     assert len(logged) == 3 * ("logging" in way)
 
@@ -4688,7 +4691,6 @@ def test_readme_calls_exist() -> None:
 
 
 def test_readme_lists_every_command() -> None:
-    """With its aliases."""
     found = [cell.replace("`", "") for cell in readme_column(r"command \(alias\)")]
     assert sorted(found) == sorted(COMMANDS)
 
