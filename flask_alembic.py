@@ -8,21 +8,23 @@ For Flask-SQLAlchemy, Flask-SQLAlchemy-Lite and plain SQLAlchemy, in one module.
     with app.app_context():
         alembic.revision("add users")
         alembic.upgrade()
-
-``grep -n '^# -- '`` prints the rooms of this file.
 """
 
 from __future__ import annotations
 
 import collections.abc as cabc
 import contextlib
+import copy
 import dataclasses
+import decimal
 import functools
+import importlib.util
 import inspect
 import io
 import logging
 import os
 import re
+import shutil
 import sys
 import threading
 import time
@@ -31,6 +33,7 @@ import typing as t
 import warnings
 import weakref
 from contextvars import ContextVar
+from fnmatch import fnmatchcase
 
 import click
 import sqlalchemy as sa
@@ -39,7 +42,6 @@ from flask import current_app
 from flask import g
 from flask.cli import AppGroup
 from sqlalchemy import event
-from sqlalchemy import exc
 from sqlalchemy.util import concurrency
 
 if t.TYPE_CHECKING:
@@ -53,20 +55,13 @@ if t.TYPE_CHECKING:
     from alembic.script import ScriptDirectory
     from sqlalchemy.ext.asyncio import AsyncEngine
 
-__all__ = [
-    "Alembic",
-    "DatabaseStatus",
-    "FlaskAlembicError",
-    "MigrationLockTimeout",
-    "RunOptions",
-    "cli",
-]
+__all__ = ["Alembic", "DatabaseStatus", "RunOptions", "cli"]
+__all__ += ["FlaskAlembicError", "MigrationLockTimeout"]
 
 # -- Types and constants ---------------------------------------------------------------
 
 _R = t.TypeVar("_R")
 _Ids: t.TypeAlias = "tuple[str, ...]"
-#: What :meth:`Alembic.run_migrations` calls to learn which steps to run.
 StepFunction: t.TypeAlias = "t.Callable[[t.Any, MigrationContext], t.Iterable[t.Any]]"
 #: One revision or several: ids, unique prefixes, scripts, symbols (``users@head``).
 RevisionTarget: t.TypeAlias = "str | int | Script | cabc.Sequence[str | Script]"
@@ -106,7 +101,8 @@ class MigrationLockTimeout(FlaskAlembicError):
     """Another held the migration lock of ``database`` for all of ``seconds``."""
 
     def __init__(self, database: str, seconds: float) -> None:
-        self.database, self.seconds = database, seconds
+        self.database = database
+        self.seconds = seconds
         super().__init__(
             f"The migration lock of database '{database}' was not free for"
             f" {seconds:.1f} s ('migration_lock_timeout'): see who migrates it."
@@ -119,15 +115,15 @@ class _OvertakenError(FlaskAlembicError):
 
 def _line_of(error: BaseException) -> str | None:
     """What to print for a wrong request or set-up; ``None`` if a traceback is due."""
-    module = sys.modules.get("alembic.util.exc")  # never imported, it never raised
     notes: list[str] = getattr(error, "__notes__", [])
     text = " ".join(str(getattr(error, "orig", error)).split())
     if isinstance(error, FlaskAlembicError):
         return "\n".join([text, *notes])
     if notes:  # of a run that failed, or of a connection that was refused
         return notes[0] if notes[0].startswith("Cannot connect to") else None
-    if isinstance(error, exc.DBAPIError):
+    if isinstance(error, sa.exc.DBAPIError):
         return f"The database cannot be used: {text}"
+    module = sys.modules.get("alembic.util.exc")  # never imported, it never raised
     return text if module and isinstance(error, module.CommandError) else None
 
 
@@ -138,22 +134,18 @@ def _command_error(message: str) -> Exception:
 
 
 # -- Extension -------------------------------------------------------------------------
-# Set-up, Alembic's objects, what writes (as the work goes), makes SQL, only reads.
 
 
 class Alembic:
     """Alembic's migrations for Flask applications.
 
-    Methods that talk to databases take ``database``: a name or several; all when left
-    out. For the ``options`` of those that migrate, see :class:`RunOptions`. A request
-    that cannot be met, as for an unknown revision, is Alembic's ``CommandError``; what
-    is missing or wrong in the set-up or the files is a :class:`FlaskAlembicError`.
+    ``database`` is a name or several; all when left out. A wrong request is Alembic's
+    ``CommandError``; a wrong set-up or file, a :class:`FlaskAlembicError`.
 
     :param app: Application to set up; else call :meth:`init_app`.
     :param run_mkdir: Make the migrations folder in :meth:`init_app` when it is missing.
     :param command_name: Name of the command group; empty registers no commands.
-    :param metadatas: A metadata, a list (of one database), or a dict of name to either.
-        Left out, it is Flask-SQLAlchemy's; engines may be Flask-SQLAlchemy-Lite's too.
+    :param metadatas: A MetaData, a list (one database), or a dict of name to either.
     :param engines: An engine, sync or async, or a dict of name to engine.
     """
 
@@ -166,10 +158,11 @@ class Alembic:
         metadatas: MetadataOption | cabc.Mapping[str, MetadataOption] | None = None,
         engines: EngineOption | cabc.Mapping[str, EngineOption] | None = None,
     ) -> None:
-        self.run_mkdir, self.command_name = run_mkdir, command_name
-        #: By database name, as given, as are the engines; empty when they are detected.
-        self.metadatas: dict[str, MetadataOption] = _by_name(metadatas)
-        self.engines: dict[str, EngineOption] = _by_name(engines)
+        self.run_mkdir = run_mkdir
+        self.command_name = command_name
+        self.metadatas: dict[str, MetadataOption] = _by_name(metadatas)  #: By database.
+        self.engines: dict[str, EngineOption] = _by_name(engines)  #: By database.
+        self._configured_names = tuple(self.metadatas) or ("default",)
         self._caches = weakref.WeakKeyDictionary[Flask, _Cache]()
         if app is not None:
             self.init_app(app)
@@ -177,14 +170,8 @@ class Alembic:
     def init_app(
         self, app: Flask, run_mkdir: bool | None = None, command_name: str | None = None
     ) -> None:
-        """Set up an application: configuration defaults, commands, migrations folder.
-
-        No database is touched; a folder that cannot be made is no error yet.
-
-        :param run_mkdir: Overrides the constructor's, as does ``command_name``.
-        """
-        app.extensions["alembic"] = self
-        self._caches[app] = _Cache(self)
+        """Set up an application: its defaults, commands and (if it can be) folder."""
+        app.extensions["alembic"], self._caches[app] = self, _Cache(self)
         options = _config_dict(app, "ALEMBIC")
         options.setdefault("script_location", "migrations")
         options.setdefault("version_locations", [])
@@ -207,9 +194,7 @@ class Alembic:
         cache = self._get_cache()
         if cache.config is None:
             config = Config()
-            for section, options in cache.settings.sections.items():
-                for key, value in options.items():
-                    config.set_section_option(section, key, value)
+            config.file_config.read_dict(cache.settings.sections)
             cache.config = config  # at last, for other threads may use it at once
         return cache.config
 
@@ -236,10 +221,7 @@ class Alembic:
 
     @property
     def migration_contexts(self) -> dict[str, MigrationContext]:
-        """A migration context, with an open connection, per database name.
-
-        They last as long as the application context; async ones, as :meth:`run_sync`.
-        """
+        """A migration context per database, connected until the app context ends."""
         scope = self._scope()
         for name in scope.targets.keys() - scope.contexts.keys():
             env = self.environment_context
@@ -269,20 +251,10 @@ class Alembic:
         """Alembic's operations on the ``default`` or only database."""
         return _primary(self.ops)
 
-    @property
-    def script(self) -> ScriptDirectory:
-        """Short for :attr:`script_directory`."""
-        return self.script_directory
-
-    @property
-    def env(self) -> EnvironmentContext:
-        """Short for :attr:`environment_context`."""
-        return self.environment_context
-
-    @property
-    def context(self) -> MigrationContext:
-        """Short for :attr:`migration_context`."""
-        return self.migration_context
+    #: Short names of the properties above.
+    script: t.Final = script_directory
+    env: t.Final = environment_context
+    context: t.Final = migration_context
 
     @property
     def databases(self) -> tuple[str, ...]:
@@ -290,22 +262,16 @@ class Alembic:
         return tuple(_find_targets(self))
 
     def run_sync(self, fn: cabc.Callable[..., _R], *args: t.Any) -> _R:
-        """Call ``fn(*args)`` where low-level objects of an async engine may be used.
-
-        It runs in a thread with an event loop; what it opens there is closed with it.
-        """
+        """Call ``fn(*args)``; in it, low-level objects of async engines may be used."""
         return self._call(lambda scope: fn(*args))
 
     def mkdir(self) -> None:
-        """Make the migrations folder, the version locations and ``script.py.mako``.
-
-        What exists stays, but Alembic's one-database template yields to that for more.
-        """
+        """Make the migrations folder, the version locations and ``script.py.mako``."""
         settings = self._get_cache().settings
         with _writing(settings.script_location):
             for folder in (settings.script_location, *settings.locations):
                 os.makedirs(folder, exist_ok=True)
-            _place_template(settings.template, self._configured_names())
+            _place_template(settings.template, self._configured_names)
 
     def rev_id(self) -> str:
         """Make a revision's id: the time in seconds. Can be overridden or assigned."""
@@ -335,24 +301,19 @@ class Alembic:
         :param depend: Revisions that must run before this one.
         :param label: Further branch labels for it.
         :param path: Version location to write to: a folder, or the name of a branch.
-        :param rev_id: Its id. Left out, :meth:`rev_id` makes one; digits count up.
         :return: The new revisions; none when autogenerate finds nothing.
         """
         script, settings = self.script_directory, self._get_cache().settings
-        _check_template(settings.template, self._configured_names(), empty)
-        arguments = {
-            "message": _docstring(message),
-            "autogenerate": not empty,
-            "sql": False,
-            "rev_id": _free_id(script, self.rev_id, rev_id),
-            "splice": splice,
-            "depends_on": _dependencies(script, depend),
-            **_place(settings, script, branch, parent, label, path),
-        }
+        self.mkdir()
+        _check_template(settings.template, self._configured_names, empty)
+        asked: dict[str, t.Any] = {"message": message, "autogenerate": not empty}
+        asked |= {"rev_id": rev_id, "depends_on": depend, "version_path": path}
+        asked |= {"head": parent, "splice": splice, "branch_label": label, "sql": False}
+        _place(self, branch, asked)
         if not empty or settings.is_on("revision_environment"):
-            return self._call(lambda x: _generate(x, script, arguments), **options)
+            return self._call(lambda x: _generate(x, script, asked), **options)
         # No database is needed, and so none is looked for.
-        return _generate(_Scope(self, self._scope(), **options), script, arguments)
+        return _generate(_Scope(self, self._scope(), **options), script, asked)
 
     def merge(
         self,
@@ -363,46 +324,33 @@ class Alembic:
         rev_id: str | None = None,
         splice: bool = False,
     ) -> Script:
-        """Write a revision that joins several heads. No database is touched.
-
-        :param revisions: Revisions or branch names; for the rest see :meth:`revision`.
-        """
+        """Write a revision that joins revisions, or the heads of named branches."""
         script, names = self.script_directory, _names(revisions)
-        labels = _branch_labels(script)
+        labels, settings = (
+            {x for s in _known(script).values() for x in s.branch_labels},
+            self._get_cache().settings,
+        )
         found = _scripts(script, [f"{n}@head" if n in labels else n for n in names])
         if len(found) < 2:
             raise _command_error(f"'{' '.join(names)}': a merge needs two revisions.")
-        folder = os.path.dirname(found[0].path)
-        # An override in a subclass may not know it: it is new.
-        options: dict[str, t.Any] = {} if rev_id is None else {"rev_id": rev_id}
-        [merged] = self.revision(
-            "merge" if message is None else message,
-            empty=True,
-            parent=found,
-            splice=splice,
-            label=label,
-            path=folder if folder in self._get_cache().settings.locations else None,
-            **options,
-        )
-        return merged
+        options: dict[str, t.Any] = {"splice": splice, "label": label}
+        if rev_id is not None:  # it is new: an override in a subclass may not know it
+            options["rev_id"] = rev_id
+        if (folder := os.path.dirname(found[0].path)) in settings.locations:
+            options["path"] = folder
+        text = "merge" if message is None else message
+        return self.revision(text, empty=True, parent=found, **options)[0]
 
     def upgrade(
         self, target: RevisionTarget = "heads", **options: t.Unpack[RunOptions]
     ) -> list[Script]:
-        """Run the revisions that lead up to ``target``. See :meth:`run_migrations`.
-
-        :param target: Revision to reach; an int, or digits that are no id, counts.
-        :return: The revisions that ran, in order.
-        """
+        """Run the revisions that lead up to ``target``; those that ran are returned."""
         return self._migrate(_Job(self, "upgrade", _names(target)), **options)
 
     def downgrade(
         self, target: RevisionTarget = -1, **options: t.Unpack[RunOptions]
     ) -> list[Script]:
-        """Run the downgrades that lead down to ``target``. See :meth:`run_migrations`.
-
-        :param target: Revision to go back to; an int of either sign counts down.
-        """
+        """Run the downgrades down to ``target``; an int of either sign counts down."""
         return self._migrate(_Job(self, "downgrade", _names(target)), **options)
 
     def stamp(
@@ -412,23 +360,18 @@ class Alembic:
         purge: bool = False,
         **options: t.Unpack[RunOptions],
     ) -> tuple[Script, ...]:
-        """Write ``target`` into the version tables, as if run. Other branches stay.
-
-        :param purge: Empty the version tables first, whatever they hold.
-        :return: The revisions that are current now.
-        """
+        """Write ``target`` as if it had run; other branches stay unless ``purge``."""
         self._migrate(_Job(self, "stamp", _names(target), purge=purge), **options)
         return self.current(options.get("database"))
 
     def run_migrations(self, fn: StepFunction, **kwargs: t.Any) -> None:
         """Run steps on the databases: the one way of every migration.
 
-        All locks are taken first, then all transactions are opened, the steps run, and
-        all is committed; on SQLite each revision is a transaction of its own. The error
-        of a run that failed has a note that says where each database stands.
+        All locks are taken, then all transactions opened, the steps run, all committed;
+        on SQLite each revision is a transaction of its own. The error of a run that
+        failed has a note that says where each database stands.
 
-        :param fn: Called as ``fn(heads, migration_context)``, returns the steps to run;
-            called again when another process was faster.
+        :param fn: ``fn(heads, migration_context)`` returns the steps, perhaps anew.
         :param kwargs: Passed to each ``upgrade`` or ``downgrade`` function.
         :raises MigrationLockTimeout: If another process holds the lock for too long.
         """
@@ -443,16 +386,13 @@ class Alembic:
         start: str = "base",
         **options: t.Unpack[RunOptions],
     ) -> dict[str, str]:
-        """Make the SQL script of an upgrade, by database name. No connection is made.
-
-        :param start: Revision that the database has; ``current`` reads it there.
-        """
+        """Make an upgrade's SQL, by database; only to read ``current`` it connects."""
         return self._sql(_Job(self, "upgrade", _names(target), start), **options)
 
     def downgrade_sql(
         self, target: RevisionTarget, start: str, **options: t.Unpack[RunOptions]
     ) -> dict[str, str]:
-        """Make the SQL script of a downgrade. See :meth:`upgrade_sql`."""
+        """Make the SQL script of a downgrade, by database name."""
         return self._sql(_Job(self, "downgrade", _names(target), start), **options)
 
     def stamp_sql(
@@ -461,7 +401,7 @@ class Alembic:
         start: str = "base",
         **options: t.Unpack[RunOptions],
     ) -> dict[str, str]:
-        """Make the SQL script of a stamp. See :meth:`upgrade_sql`."""
+        """Make the SQL script of a stamp, by database name."""
         return self._sql(_Job(self, "stamp", _names(target), start), **options)
 
     def current(self, database: DatabaseNames = None) -> tuple[Script, ...]:
@@ -488,10 +428,10 @@ class Alembic:
     ) -> list[Script]:
         """Get the revisions from ``end`` to ``start``; ``current`` reads databases."""
         script: t.Any = self.script_directory
-        ends = [
-            _names(self.current() or "base" if name == "current" else name)
-            for name in (start, end)
+        given = [
+            self.current() or "base" if x == "current" else x for x in (start, end)
         ]
+        ends = [_names(each) for each in given]
         with _explained(script, (*ends[0], *ends[1])):
             lower, upper = (names[0] if len(names) == 1 else names for names in ends)
             return list(script.walk_revisions(lower, upper))
@@ -504,8 +444,7 @@ class Alembic:
         """Tell whether :meth:`upgrade` would run anything; unknown ids are an error."""
         job = _Job(self, "upgrade")
         return self._call(
-            lambda scope: not _is_current(scope, job) and _has_work(scope, job),
-            database=database,
+            lambda x: not _is_current(x, job) and _has_work(x, job), database=database
         )
 
     def needs_revision(self, database: DatabaseNames = None) -> bool:
@@ -528,10 +467,6 @@ class Alembic:
             raise FlaskAlembicError("Not set up: call 'alembic.init_app(app)' first.")
         return self._caches[app]
 
-    def _configured_names(self) -> tuple[str, ...]:
-        """Database names that need no look at the application's engines."""
-        return tuple(self.metadatas) or ("default",)
-
     def _scope(self) -> _Scope:
         """The innermost scope of this extension in this application context."""
         bases = g.setdefault("_flask_alembic", {})
@@ -539,7 +474,6 @@ class Alembic:
         return next((s for s in reversed(_scopes.get()) if s.base is base), base)
 
     def _close_context(self, error: BaseException | None = None) -> None:
-        """Give back what the low-level objects hold, when the context ends."""
         if scope := g.get("_flask_alembic", {}).pop(self, None):
             scope.close()
 
@@ -561,8 +495,6 @@ class Alembic:
         return _in_loop(inside) if is_async else inside()
 
     def _migrate(self, job: _Job, **options: t.Unpack[RunOptions]) -> list[Script]:
-        """Run a job's steps, and tell which revisions ran."""
-
         def work(scope: _Scope) -> list[Script]:
             if not _is_current(scope, job, waits=False):
                 self.run_migrations(job)
@@ -576,9 +508,7 @@ class Alembic:
 
 
 # -- State -----------------------------------------------------------------------------
-# Three lifetimes: the extension keeps what its constructor was given, a cache what
-# belongs to an application, a scope what is open: for a method until it returns, for
-# the low-level objects until the application context ends.
+# A cache lives as long as an application; a scope, as its method or context.
 
 
 class _Cache:
@@ -586,19 +516,18 @@ class _Cache:
 
     config: Config | None = None
     scripts: tuple[Config, t.Any, ScriptDirectory] | None = None
-    _settings: _Settings | None = None
 
     def __init__(self, extension: Alembic) -> None:
         self._extension = extension
 
-    @property
+    @functools.cached_property
     def settings(self) -> _Settings:
-        self._settings = self._settings or _read_settings(current_app)
-        return self._settings
+        return _read_settings(current_app)
 
     def clear(self) -> None:
         """Forget all, and give back what this application context holds open."""
-        self.config = self.scripts = self._settings = None
+        self.config = self.scripts = None
+        self.__dict__.pop("settings", None)
         scope: _Scope | None = self._extension._scope()
         while scope:
             scope.close()
@@ -620,8 +549,7 @@ class _Scope:
         self.x = [f"{k}={v}" for k, v in x.items()] if _is_mapping(x) else _as_list(x)
         self.base: _Scope = outer.base if outer else self
         self.environment: EnvironmentContext | None = None
-        #: The revisions that the last run completed, by id.
-        self.ran: dict[str, Script] = {}
+        self.ran: dict[str, Script] = {}  #: What the last run completed, by id.
         # Only the innermost scope opens anything, so a copy knows all that is open.
         self.contexts: dict[str, MigrationContext] = {**outer.contexts} if outer else {}
         self.connections: dict[str, t.Any] = {**outer.connections} if outer else {}
@@ -630,13 +558,10 @@ class _Scope:
     @property
     def config(self) -> Config:
         """Alembic's configuration with the arguments that revisions may ask for."""
-        import copy
-        from argparse import Namespace
-
         config = self.extension.config
         if self.x:
             config = copy.copy(config)
-            config.cmd_opts = Namespace(x=self.x)
+            config.cmd_opts = t.cast(t.Any, self)  # Alembic asks it for 'x' alone
         return config
 
     @functools.cached_property
@@ -645,9 +570,7 @@ class _Scope:
         found = _find_targets(self.extension)
         names = [*found] if self._database is None else _as_list(self._database)
         if not names or {*names} - found.keys():
-            raise _command_error(
-                f"There is no database {_quoted(names)}; there are {_quoted(found)}."
-            )
+            raise _command_error(f"{_quoted(names)}: databases are {_quoted(found)}.")
         return {name: found[name] for name in found if name in names}
 
     def connect(self, name: str) -> t.Any:
@@ -655,9 +578,7 @@ class _Scope:
         if name not in self.connections:
             target = self.targets[name]
             if target.engine.dialect.is_async and not self.outer:
-                raise FlaskAlembicError(
-                    f"Database '{name}' is async: use it inside 'alembic.run_sync(fn)'."
-                )
+                raise FlaskAlembicError(f"'{name}' is async: use it in 'run_sync(fn)'.")
             self.connections[name] = self._open.enter_context(_connect(name, target))
         return self.connections[name]
 
@@ -685,30 +606,18 @@ class _Settings(t.NamedTuple):
     """``app.config["ALEMBIC"]``, checked and cast; the keys of ours have a default."""
 
     script_location: str
-    #: Branch (or none) and absolute path of each version location.
-    branches: list[tuple[str | None, str]]
-    #: Sections of ``alembic.ini``, ready for ConfigParser.
-    sections: dict[str, dict[str, str]]
+    template: str
+    locations: list[str]
+    branches: list[tuple[str | None, str]]  #: Branch, or none, of each location.
+    sections: dict[str, dict[str, str]]  #: Of ``alembic.ini``, as ConfigParser has it.
     migration_lock: bool = True
     migration_lock_timeout: float | None = 300
     lock_timeout: float | None = None
     statement_timeout: float | None = None
     exclude_tables: cabc.Sequence[str] = []
 
-    @property
-    def locations(self) -> list[str]:
-        return list(dict.fromkeys(path for _, path in self.branches))
-
-    @property
-    def template(self) -> str:
-        return os.path.join(self.script_location, "script.py.mako")
-
     def is_on(self, key: str) -> bool:
         return self.sections["alembic"].get(key) == "true"
-
-
-_OWN_DEFAULTS: t.Final[dict[str, t.Any]] = _Settings._field_defaults
-_JOINTS: t.Final = {"os": os.pathsep, "newline": "\n", "space": " ", ":": ":", ";": ";"}
 
 
 def _config_dict(app: Flask, name: str) -> dict[str, t.Any]:
@@ -722,54 +631,47 @@ def _config_dict(app: Flask, name: str) -> dict[str, t.Any]:
 def _read_settings(app: Flask) -> _Settings:
     """Read, check and cast ``app.config["ALEMBIC"]``: the only place that does."""
     options = dict(_config_dict(app, "ALEMBIC"))
-    own = {key: options.pop(key, default) for key, default in _OWN_DEFAULTS.items()}
+    own = {k: options.pop(k, v) for k, v in _Settings._field_defaults.items()}
     _check_settings(own, options)
-    root = os.path.abspath(app.root_path)
     location = options.get("script_location") or "migrations"
-    home = _folder(root, location, "script_location")
+    home = _folder(app.root_path, location, "script_location")
     # Flask-Migrate's folder is where its commands ran: beside the package.
-    beside = os.path.join(os.path.dirname(root), "migrations")
-    if location == "migrations" and not os.path.isdir(home) and _is_nested(beside):
-        home = beside
-
-    # Flask-Migrate and Alembic keep revisions in 'versions', beside an 'env.py' that we
-    # must not run; the predecessor keeps them in the folder itself.
-    first = os.path.join(home, "versions") if _is_nested(home) else home
-    branches: list[tuple[str | None, str]] = [(None, first)]
-    separator, key = options.get("path_separator", "os"), "version_locations"
-    if separator not in [*_JOINTS]:
-        raise _bad_value("path_separator", separator, f"one of {_quoted(_JOINTS)}")
-    joint, given = _JOINTS[separator], options.get(key)
-    if isinstance(given, str):
-        given = [*filter(None, given.split(joint))]
-    for item in _as_list(given):
+    beside = _folder(app.root_path, "../migrations", "script_location")
+    if location == "migrations" and not os.path.isdir(home):
+        home = beside if _versions(beside) != beside else home
+    branches: list[tuple[str | None, str]] = [(None, _versions(home))]
+    sep = str(options.setdefault("path_separator", "os"))
+    sep = {"os": os.pathsep, "newline": "\n", "space": " "}.get(sep, sep)
+    given = options.get("version_locations"), options.get("prepend_sys_path")
+    items, paths = (x.split(sep) if isinstance(x, str) else _as_list(x) for x in given)
+    for item in filter(None, items):
         is_pair = isinstance(item, (list, tuple)) and len(item) == 2
         branch, path = item if is_pair else (None, item)
-        branches.append((branch, _folder(root, path, key)))
-    settings = _Settings(home, branches, {"alembic": {}}, **own)
-    if any(joint in path for path in settings.locations):
-        raise _bad_value("path_separator", separator, "one that no location holds")
-    options |= {key: joint.join(settings.locations), "path_separator": separator}
-    if isinstance(given := options.get("prepend_sys_path"), list):
-        options["prepend_sys_path"] = joint.join(map(os.fspath, given))
-    for key, value in {**options, "script_location": home}.items():
+        branches.append((branch, _folder(app.root_path, path, "version_locations")))
+    locations = list(dict.fromkeys(path for _, path in branches))
+    if any(sep in path for path in locations):  # Alembic would look in two halves
+        options["path_separator"], sep = "newline", "\n"
+    options |= {"script_location": home, "version_locations": sep.join(locations)}
+    options["prepend_sys_path"] = sep.join(map(os.fspath, paths))
+    sections: dict[str, dict[str, str]] = {"alembic": {}}
+    for key, value in options.items():
         pairs: t.Any = value if _is_mapping(value) else {key: value}
-        section = key if _is_mapping(value) else "alembic"
-        cast = {str(k): _cast(key, v) for k, v in pairs.items() if v is not None}
-        settings.sections.setdefault(section, {}).update(cast)
-    return settings
+        section = sections.setdefault(key if pairs is value else "alembic", {})
+        section |= {str(k): _cast(key, v) for k, v in pairs.items() if v is not None}
+    template = os.path.join(home, "script.py.mako")
+    return _Settings(home, template, locations, branches, sections, **own)
 
 
 def _check_settings(own: dict[str, t.Any], others: cabc.Iterable[str]) -> None:
     """Refuse values of ours that cannot be used, and keys that look like ours."""
     for key, value in own.items():
         good, expected = isinstance(value, bool), "True or False"
-        if key == "exclude_tables":  # a string would be one glob, which matches nothing
-            good, expected = isinstance(value, list | tuple), "a list of globs"
-            good = good and all(isinstance(each, str) for each in value)
-        elif key != "migration_lock":
+        if "timeout" in key:
             good = value is None or (type(value) in (int, float) and 0 <= value < 10**9)
             expected = "a number of seconds, or None"
+        elif key == "exclude_tables":  # a string would be taken for many globs
+            good = isinstance(value, (list, tuple)) and {*map(type, value)} <= {str}
+            expected = "a list of globs"
         if not good:
             raise _bad_value(key, value, expected)
     for key in others:
@@ -787,36 +689,31 @@ def _cast(key: str, value: t.Any) -> str:
         return ", ".join(_cast(key, each) for each in value)
     if not isinstance(value, (str, int, os.PathLike)):
         raise _bad_value(key, value, "a str, int, bool, Path or list of them")
-    text = os.fspath(value) if isinstance(value, os.PathLike) else str(value)
-    text = text.lower() if isinstance(value, bool) else text
-    # Only 'here' is left to ConfigParser: the working directory.
-    return re.sub(r"%(?:%|(?!\(here\)s))", "%%", text)
+    text = str(value).lower() if isinstance(value, bool) else str(value)
+    return re.sub(r"%(?:%|(?!\(here\)s))", "%%", text)  # 'here' is ConfigParser's
 
 
 def _folder(root: str, value: t.Any, key: str) -> str:
     """The absolute path of a folder, given as a path or as ``package:folder``."""
-    import importlib.util
-
     if not isinstance(value, (str, os.PathLike)) or not os.fspath(value):
         raise _bad_value(key, value, "a path")
     path = os.fspath(value).replace("%%", "%")  # as ConfigParser has it
     package, colon, rest = path.partition(":")
     if colon and not os.path.isabs(path) and package.replace(".", "").isidentifier():
-        spec = None
-        with contextlib.suppress(ImportError):
-            spec = importlib.util.find_spec(package)
-        if spec is None or not spec.submodule_search_locations:
-            raise _bad_value(key, value, f"a path; there is no package '{package}'")
-        root, path = spec.submodule_search_locations[0], rest
-    return os.path.normpath(os.path.join(root, path))
+        try:
+            spec: t.Any = importlib.util.find_spec(package)
+            root, path = spec.submodule_search_locations[0], rest
+        except (ImportError, AttributeError, TypeError) as error:
+            raise _bad_value(key, value, "a path in a package that exists") from error
+    return os.path.abspath(os.path.join(root, path))
 
 
-def _is_nested(home: str) -> bool:
-    """Whether the revisions are in ``versions``, as Alembic lays them out."""
-    if not os.path.isdir(os.path.join(home, "versions")):
-        return False
-    files = {name for name in os.listdir(home) if name.endswith(".py")}
-    return files <= {"__init__.py"} or "env.py" in files
+def _versions(home: str) -> str:
+    """The folder of revisions: ``versions``, as in Alembic's layout, or ``home``."""
+    _, folders, files = next(os.walk(home), ("", [], []))
+    bare = all(x == "__init__.py" for x in files if x.endswith(".py"))
+    nested = "versions" in folders and (bare or "env.py" in files)  # but never run
+    return os.path.join(home, "versions") if nested else home
 
 
 def _own_options(name: str) -> dict[str, t.Any]:
@@ -833,22 +730,18 @@ def _own_options(name: str) -> dict[str, t.Any]:
 def _options(scope: _Scope, name: str) -> dict[str, t.Any]:
     """All ``configure`` options of one database, with our defaults and hooks."""
     settings, targets = scope.extension._get_cache().settings, scope.base.targets
-    dialects = {key: target.engine.dialect for key, target in targets.items()}
     options: dict[str, t.Any] = {"target_metadata": targets[name].metadata}
     # SQLite can alter little in place; one file holds the revisions of all.
-    options["render_as_batch"] = "sqlite" in {d.name for d in dialects.values()}
-    if dialects[name].name == "sqlite":
-        # It does roll DDL back when it is asked to. A revision that looks at the schema
-        # through a second connection sees what was committed only.
+    options["render_as_batch"] = "sqlite" in {x.engine.name for x in targets.values()}
+    if targets[name].engine.name == "sqlite":
+        # It rolls DDL back when asked to. A second connection sees only commits.
         options |= {"transactional_ddl": True, "transaction_per_migration": True}
     options |= _own_options(name) | {"database": name}
     if len(targets) > 1:
-        # Flask-Migrate's own template names the default bind with nothing.
         text = _read(settings.template) if name == "default" else ""
-        token = "" if "bind_names" in text else name
-        options["upgrade_token"] = f"{token}_upgrades"
-        options["downgrade_token"] = f"{token}_downgrades"
-    return _with_hooks(options, dialects[name], settings.exclude_tables)
+        token = "" if "bind_names" in text else name  # Flask-Migrate has no 'default'
+        options |= {f"{x}_token": f"{token}_{x}s" for x in ("upgrade", "downgrade")}
+    return _with_hooks(options, targets[name].engine.dialect, settings.exclude_tables)
 
 
 # -- Engines and metadata --------------------------------------------------------------
@@ -863,15 +756,14 @@ class _Target(t.NamedTuple):
     @property
     def identity(self) -> tuple[str, ...]:
         """What tells this database from others, as far as the URL says."""
-        url, kind = self.engine.url, self.engine.dialect.name
+        url, kind = self.engine.url, self.engine.name.replace("mariadb", "mysql")
         query, path = url.query, (url.database or "").removeprefix("file:")
         if kind == "sqlite":
             if path not in ("", ":memory:") and query.get("mode") != "memory":
                 return kind, os.path.realpath(path)
         elif path or url.host or "host" in query:
-            kind = kind.replace("mariadb", "mysql")
-            host = str(url.host or query.get("host", "")).lower()
-            host = "127.0.0.1" if host in ("localhost", "::1", "") else host
+            host = str(url.host or query.get("host") or "localhost").lower()
+            host = "127.0.0.1" if host in ("localhost", "::1") else host
             usual = {"mysql": 3306, "postgresql": 5432}.get(kind)
             port = str(url.port or query.get("port") or usual)
             return kind, host, port, path, str(query.get("options"))
@@ -889,9 +781,8 @@ def _is_mapping(value: t.Any) -> t.TypeGuard[cabc.Mapping[str, t.Any]]:
 
 def _by_name(given: t.Any) -> dict[str, t.Any]:
     """An argument as a dict: what is no dict belongs to the ``default`` database."""
-    if given is None:
-        return {}
-    return dict(given) if _is_mapping(given) else {"default": given}
+    by_name = given if _is_mapping(given) else {"default": given}
+    return {name: each for name, each in by_name.items() if each is not None}
 
 
 def _as_list(value: t.Any) -> list[t.Any]:
@@ -903,62 +794,44 @@ def _as_list(value: t.Any) -> list[t.Any]:
 def _find_targets(extension: Alembic) -> dict[str, _Target]:
     """The databases to migrate: those that the metadata name. Arguments win."""
     db = current_app.extensions.get("sqlalchemy")
-    # Flask-SQLAlchemy has it; Flask-SQLAlchemy-Lite leaves models to others.
     metadatas = extension.metadatas or _by_name(getattr(db, "metadata", None))
     if not metadatas:
-        raise FlaskAlembicError(
-            "No metadata found: pass 'metadatas' when making the 'Alembic' extension."
-        )
-    # A sync engine goes before an async one.
-    found: dict[t.Any, t.Any] = {**(getattr(db, "async_engines", None) or {})}
+        raise FlaskAlembicError("No metadata found: pass 'metadatas' when setting up.")
+    # A sync engine goes before an async one; Flask-SQLAlchemy may call it None.
+    found = dict(getattr(db, "async_engines", None) or {})
     found |= getattr(db, "engines", None) or {}
-    engines = {"default" if name is None else name: found[name] for name in found}
-    engines |= extension.engines
+    engines = {name or "default": found[name] for name in found} | extension.engines
     if not engines:
-        raise FlaskAlembicError(
-            "There are no engines configured: pass 'engines' when making 'Alembic'."
-        )
-    if missing := metadatas.keys() - engines.keys():
-        raise FlaskAlembicError(
-            f"Missing engine config for {_quoted(missing)}: pass 'engines' for each."
-        )
-
+        raise FlaskAlembicError("There are no engines configured: pass 'engines'.")
+    if missing := _quoted(metadatas.keys() - engines.keys()):
+        raise FlaskAlembicError(f"Missing engine config for {missing}: pass 'engines'.")
     targets: dict[str, _Target] = {}
     seen: dict[tuple[t.Any, ...], str] = {}
     for name, metadata in metadatas.items():
         engine = getattr(engines[name], "sync_engine", engines[name])
-        # A base class in place of its metadata is a common slip.
         kinds = {isinstance(each, sa.MetaData) for each in _as_list(metadata)}
         if kinds != {True} or not isinstance(engine, sa.Engine):
-            raise FlaskAlembicError(
-                f"Database '{name}' needs a MetaData or a list of them, and an engine;"
-                f" not {metadata!r} and a {type(engine).__name__}."
-            )
+            text = f"an engine and a MetaData (or a list of them), not {metadata!r}"
+            raise FlaskAlembicError(f"Database '{name}' needs {text}.")
         targets[name], options = _Target(engine, metadata), _own_options(name)
-        usual = "public" if engine.dialect.name == "postgresql" else None
-        schema = options["version_table_schema"] or usual
+        schema = options["version_table_schema"] or "public"
         place = (targets[name].identity, schema, options["version_table"])
         if (other := seen.setdefault(place, name)) != name:
-            raise FlaskAlembicError(
-                f"Databases '{other}' and '{name}' share the same version table: give"
-                " one its own 'version_table' or schema of it in ALEMBIC_CONTEXT."
-            )
+            text = f"'{other}' and '{name}' share a 'version_table': rename it for one."
+            raise FlaskAlembicError(text)
     return targets
 
 
 def _primary(by_name: dict[str, _R]) -> _R:
     """That of the database which is meant where one answer is asked for."""
     if len(by_name) > 1 and "default" not in by_name:
-        raise FlaskAlembicError(
-            f"Several databases, none named 'default': name one of {_quoted(by_name)}."
-        )
+        raise FlaskAlembicError(f"No 'default': name one of {_quoted(by_name)}.")
     return by_name.get("default", next(iter(by_name.values())))
 
 
 # -- Environment -----------------------------------------------------------------------
 # Every migration goes through _Run, one for each database: live, async, only a dialect.
-# Only here are Alembic's private names touched: _upgrade_revs, _downgrade_revs,
-# _version_locations, _transaction, and _from_path in a traceback.
+# Only here are Alembic's private names touched.
 
 _running: t.Final[ContextVar[bool]] = ContextVar("running", default=False)
 
@@ -966,8 +839,8 @@ _running: t.Final[ContextVar[bool]] = ContextVar("running", default=False)
 @contextlib.contextmanager
 def _connect(name: str, target: _Target) -> cabc.Generator[sa.Connection]:
     """A connection, given back to its pool in the end."""
-    engine, pool = t.cast(t.Any, target.engine), t.cast(t.Any, target.engine.pool)
-    options = engine.get_execution_options()
+    engine: t.Any = target.engine
+    options, pool = engine.get_execution_options(), engine.pool
     while proxied := getattr(engine, "_proxied", None):
         engine = proxied  # SQLAlchemy 2.0 listens to no connection of one with options
     shared = isinstance(pool, (sa.StaticPool, sa.SingletonThreadPool))
@@ -977,20 +850,17 @@ def _connect(name: str, target: _Target) -> cabc.Generator[sa.Connection]:
             _refuse_transaction(name, pool.connection.driver_connection)
         try:
             if engine.dialect.is_async and not shared:
-                # A connection belongs to its event loop: the application's pool must
-                # never hold one of ours.
+                # Bound to its event loop, it must never reach the application's pool.
                 pool = pool.recreate()
                 stack.callback(pool.dispose)
                 connection = sa.Connection(engine, pool.connect())
             else:
                 connection = engine.connect()
         except Exception as error:
-            # The query of a URL may hold a password, and is never shown.
-            url, cause = engine.url, str(getattr(error, "orig", None) or error)
-            place = (url.drivername, url.host, url.port, url.database)
-            shown = ", ".join(str(each) for each in place if each)
-            text = f"Cannot connect to database '{name}' ({shown}): {cause}"
-            error.add_note(" ".join(text.split()))
+            # Without user and password, and the query, which may hold one too.
+            place = ", ".join(str(x) for x in (engine.url[0], *engine.url[3:6]) if x)
+            cause = " ".join(str(getattr(error, "orig", None) or error).split())
+            error.add_note(f"Cannot connect to database '{name}' ({place}): {cause}")
             raise
         stack.callback(connection.close)
         connection.execution_options(**options)
@@ -1014,33 +884,29 @@ def _refuse_transaction(name: str, driver_connection: t.Any) -> None:
     always = getattr(driver_connection, "autocommit", True) is False
     if not always and _is_in_transaction(driver_connection):
         raise FlaskAlembicError(
-            f"The application has a transaction open on the one connection of database"
-            f" '{name}': commit it or roll it back before migrating."
+            f"The application has a transaction open on database '{name}': end it."
         )
 
 
 @contextlib.contextmanager
 def _reading(connection: t.Any, waits: bool = True) -> cabc.Generator[None]:
     """End the transaction that reading begins, but not one that was open before."""
-    began, timeout = not connection.in_transaction(), None
+    began, patience = not connection.in_transaction(), None
     # Before a run, SQLite's lock is not waited for: the guard does, as long as it may.
     if not waits and connection.dialect.name == "sqlite":
-        timeout = connection.exec_driver_sql("PRAGMA busy_timeout").scalar()
+        patience = connection.exec_driver_sql("PRAGMA busy_timeout").scalar()
         connection.exec_driver_sql("PRAGMA busy_timeout = 0")
     try:
         yield
     finally:
-        if timeout is not None:
-            connection.exec_driver_sql(f"PRAGMA busy_timeout = {timeout}")
-        if began and connection.in_transaction():
+        if patience is not None:
+            connection.exec_driver_sql(f"PRAGMA busy_timeout = {patience}")
+        if began:
             connection.rollback()
 
 
 def _in_loop(fn: cabc.Callable[[], _R]) -> _R:
-    """Call a function where an async driver can be awaited: in a loop of its own.
-
-    It has a thread, too, since the loop of this one may be busy with the caller.
-    """
+    """Call a function where an async driver can be awaited: in a loop and a thread."""
     import asyncio
     from concurrent.futures import ThreadPoolExecutor
 
@@ -1055,23 +921,20 @@ def _in_loop(fn: cabc.Callable[[], _R]) -> _R:
         except KeyboardInterrupt as error:
             if not future.done():  # else a revision raised it
                 loop.call_soon_threadsafe(task.cancel)
-                # The migration rolls back; what it says of it belongs here.
                 for note in getattr(future.exception(), "__notes__", ()):
-                    error.add_note(note)
+                    error.add_note(note)  # what a migration says when it rolls back
             raise
 
 
 def _signature(script: ScriptDirectory) -> t.Any:
     """What changes when a revision file is added, removed or changed."""
     found: list[t.Any] = []
-    # No public name tells the resolved version locations.
-    walks = [os.walk(location) for location in script._version_locations]  # noqa: SLF001
-    for folder, _, names in (each for walk in walks for each in walk):
-        # Loading the files writes into these folders.
-        for name in () if "__pycache__" in folder else names:
-            with contextlib.suppress(OSError):  # gone, or a link to nowhere
-                info = os.stat(os.path.join(folder, name))
-                found.append((folder, name, info.st_mtime_ns, info.st_size))
+    for location in script._version_locations:  # noqa: SLF001  # no public name has it
+        for folder, _, names in os.walk(location):
+            for name in () if "__pycache__" in folder else names:  # loading fills it
+                with contextlib.suppress(OSError):  # gone, or a link to nowhere
+                    info = os.stat(os.path.join(folder, name))
+                    found.append((folder, name, info.st_mtime_ns, info.st_size))
     return found
 
 
@@ -1095,10 +958,8 @@ def _load_scripts(config: Config) -> tuple[t.Any, ScriptDirectory]:
         # Alembic does not tell the file, but the frame that was loading it has it.
         frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
         paths = [f.f_locals["path"] for f in frames if f.f_code.co_name == "_from_path"]
-        # Of a dependency that no file has, a KeyError tells the name.
         text = f"'{paths[-1]}' cannot be loaded" if paths else "The files do not fit"
-        text += f": {type(error).__name__}: {error}"
-        raise FlaskAlembicError(text) from error
+        raise FlaskAlembicError(f"{text}: {type(error).__name__}: {error}") from error
     return signature, script
 
 
@@ -1115,8 +976,6 @@ def _names(target: RevisionTarget) -> _Ids:
 @contextlib.contextmanager
 def _explained(script: ScriptDirectory, names: _Ids) -> cabc.Generator[None]:
     """Repeat the target in what Alembic says of it, or stumbles over."""
-    from alembic.util import CommandError
-
     try:
         for branch, at, _ in (name.partition("@") for name in names):
             if at:  # Alembic takes 'nope@base' and 'nope@-1' for 'base'
@@ -1130,7 +989,7 @@ def _explained(script: ScriptDirectory, names: _Ids) -> cabc.Generator[None]:
             text = "several revisions are that far away; name one"
         elif re.search("Relative revision|Walked too far", text):
             text = "there are not that many revisions"
-        elif not isinstance(error, CommandError) and "grade" not in text:
+        elif type(error).__name__ != "CommandError" and "grade" not in text:
             text = "it is no revision"  # else it may lack a function, which is named
         raise _command_error(f"'{' '.join(names)}' cannot be used: {text}.") from error
 
@@ -1144,12 +1003,10 @@ def _several_heads(heads: cabc.Iterable[str]) -> Exception:
 
 def _scripts(script: ScriptDirectory, target: RevisionTarget) -> list[Script]:
     """The revisions that a target stands for; ``base`` is none."""
-    found: dict[str, Script] = {}
-    for name in _names(target):
-        with _explained(script, (name,)):
-            # Below base, Alembic answers with something that is no revision.
-            found |= {each.revision: each for each in script.get_revisions(name)}
-    return list(found.values())
+    names = _names(target)
+    with _explained(script, names):
+        # Below base, Alembic answers with something that is no revision.
+        return list({s.revision: s for s in script.get_revisions(names)}.values())
 
 
 def _known(script: ScriptDirectory) -> dict[str, Script]:
@@ -1178,10 +1035,10 @@ def _stamp_line(scope: _Scope, name: str, heads: cabc.Iterable[str]) -> str:
 def _refuse_unknown(scope: _Scope, name: str, rows: cabc.Collection[str]) -> None:
     known = _known(scope.extension.script_directory).keys() & rows
     if unknown := {*rows} - known:
+        line = _stamp_line(scope, name, ["REVISION", *known])
         raise _command_error(
             f"Database '{name}' is at {_quoted(unknown)}, which no revision file has."
-            " Get the file; or, if the schema is known to match a revision, run"
-            f" {_stamp_line(scope, name, ['REVISION', *known])}."
+            f" Get the file or, if the schema is that of a revision, run {line}."
         )
 
 
@@ -1201,19 +1058,14 @@ class _Job:
         return bool(re.match(r"(.+@)?([+-]\d+|\d{1,3})$", self.names[-1]))
 
     def __call__(self, rows: t.Any, context: t.Any) -> list[t.Any]:
+        """The steps from the ids in a version table."""
         # Read when the lock is held: the files may have changed while we waited.
         script = context.script = self.extension.script_directory
         name = context.opts.get("database", "default")  # a subclass may not have said
         _refuse_unknown(self.extension._scope(), name, rows)
-        return self.steps(script, tuple(rows))
-
-    def steps(self, script: t.Any, rows: _Ids) -> list[t.Any]:
-        """The steps from the ids in a version table."""
         if self.kind == "stamp":
             return self._stamp_steps(script, {*rows})
         [target, *more], down = self.names, self.kind == "downgrade"
-        if down and more:
-            raise _command_error(f"{_quoted(self.names)}: name one revision.")
         # Digits are an id before they are a count; nobody counts to a thousand.
         if target.isdecimal() and len(target) < 4 and target not in _known(script):
             target = f"{'-' if down else '+'}{int(target)}"
@@ -1226,7 +1078,7 @@ class _Job:
         with _explained(script, (target, *more)):
             # Alembic's commands make theirs so; no public function does.
             make = getattr(script, f"_{self.kind}_revs")
-            return list(make((target, *more) if more else target, rows))
+            return list(make((target, *more) if more else target, tuple(rows)))
 
     def _stamp_steps(self, script: t.Any, rows: set[str]) -> list[t.Any]:
         """Steps to exactly the rows that are asked for; Alembic's own lose a branch."""
@@ -1252,7 +1104,6 @@ class _Job:
 
 
 def _rows(scope: _Scope, waits: bool = True) -> dict[str, _Ids]:
-    """The ids in each database's version table."""
     rows = {}
     for name, context in scope.extension.migration_contexts.items():
         with _reading(context.connection, waits):
@@ -1263,36 +1114,27 @@ def _rows(scope: _Scope, waits: bool = True) -> dict[str, _Ids]:
 def _status(scope: _Scope) -> dict[str, DatabaseStatus]:
     script, result = scope.extension.script_directory, {}
     heads, known = script.get_revisions("heads"), _known(script)
-    job = _Job(scope.extension, "upgrade")
+    job, live = _Job(scope.extension, "upgrade"), scope.extension.migration_contexts
     for name, rows in _rows(scope).items():
         unknown = tuple(id_ for id_ in rows if id_ not in known)
         current = tuple(known[id_] for id_ in sorted(rows) if id_ in known)
-        steps = [] if unknown else job.steps(script, rows)
-        pending = tuple(step.revision for step in steps)
+        pending = () if unknown else tuple(s.revision for s in job(rows, live[name]))
         result[name] = DatabaseStatus(current, heads, pending, unknown)
     return result
 
 
 def _has_work(scope: _Scope, job: _Job, waits: bool = True) -> bool:
     """Whether a database has something to do; nothing is locked or written."""
-    try:
-        rows = _rows(scope, waits)
-    except exc.OperationalError:
-        if waits:
-            raise
-        return True  # SQLite is locked; whatever else it is, the run will meet it
-    contexts = scope.extension.migration_contexts
-    return job.purge or any(job(ids, contexts[x]) for x, ids in rows.items())
+    rows, contexts = _rows(scope, waits), scope.extension.migration_contexts
+    return job.purge or any(job(ids, contexts[name]) for name, ids in rows.items())
 
 
 class _Run:
     """One run on one database; without a connection, it writes SQL to ``output``."""
 
-    #: The step that is running, or that failed, and whether it committed by itself.
-    step: RevisionStep | None = None
-    _is_partial = False
-    #: Of SQLite's guard: see that the lock is ours, and has been.
-    hold: cabc.Callable[[], None] | None = None
+    step: RevisionStep | None = None  # that is running, or that failed
+    _is_partial = False  # whether it committed by itself
+    hold: cabc.Callable[[], None] | None = None  # SQLite's: see that the lock is ours
 
     def __init__(
         self, scope: _Scope, name: str, fn: StepFunction, connection: t.Any, rows: _Ids
@@ -1300,9 +1142,8 @@ class _Run:
         from alembic.runtime.environment import EnvironmentContext
 
         self.scope, self.name, self.fn, self.connection = scope, name, fn, connection
-        self.output = io.StringIO()
-        #: The ids in the version table, as far as the run has come.
-        self.heads: set[str] = set()
+        self.output, self.title = io.StringIO(), ""
+        self.heads: set[str] = set()  # the version table, as far as the run has come
         options, given = _options(scope, name), dict[str, t.Any](fn=self._steps)
         if isinstance(fn, _Job):
             given.update(purge=fn.purge, destination_rev=" ".join(fn.names))
@@ -1317,11 +1158,10 @@ class _Run:
         script, given["tag"] = scope.extension.script_directory, scope.tag
         self.environment = EnvironmentContext(scope.config, script, **given)
         self.environment.configure(connection=connection, **options)
-        self.context: t.Any = self.environment.get_context()
+        self.context = t.cast(t.Any, self.environment.get_context())
         if connection is None and self.context.dialect.name == "postgresql":
             # SQLAlchemy 2.0 doubles backslashes until it has seen a server's setting.
-            dialect: t.Any = self.context.dialect
-            dialect._backslash_escapes = False  # noqa: SLF001
+            self.context.dialect._backslash_escapes = False  # noqa: SLF001
         self.context.on_version_apply_callbacks += (self._applied,)
 
     def _steps(self, rows: t.Any, context: MigrationContext) -> cabc.Iterator[t.Any]:
@@ -1334,6 +1174,7 @@ class _Run:
                 continue
             run = functools.partial(self._execute, step, step.migration_fn)
             step.migration_fn = functools.update_wrapper(run, step.migration_fn)
+            self.title = f"Revision '{script.revision}' ('{script.path}')"
             self.step, self._is_partial, began = step, False, time.monotonic()
             yield step
             self.step, self.scope.ran[script.revision] = None, script
@@ -1344,26 +1185,27 @@ class _Run:
         """Call the function of a revision, and see what it does to the transaction."""
         if self.hold:
             self.hold()
-        arguments = self._arguments(step, fn)
-        if arguments is None:
+        if (arguments := self._arguments(step, fn)) is None:
             return
         if inspect.iscoroutinefunction(fn):
-            raise TypeError(f"{_title(step)} has an async function, which cannot run.")
+            raise TypeError(f"{self.title} has an async function, which cannot run.")
         watches = self.connection is not None and self.context.impl.transactional_ddl
         events = ("commit", "after_cursor_execute") if watches else ()
         with _listening(self.connection, **dict.fromkeys(events, self.look)):
             try:
                 fn(**kwargs, **arguments)
             except BaseException as error:
+                if self.connection is None:
+                    error.add_note(f"{self.title} failed as SQL, without a connection.")
                 # A statement that fails, as on a full disk, may roll back by itself.
-                if self.hold and not isinstance(error, exc.DBAPIError):
+                if self.hold and not isinstance(error, sa.exc.DBAPIError):
                     self.look(self.connection, error)
                 raise
         # What Alembic opened: for the run, for the step, after an autocommit_block().
         transaction = self.context._transaction  # noqa: SLF001
         if transaction is not None and not transaction.is_active:
             raise FlaskAlembicError(
-                f"{_title(step)} ended the migration's own transaction, by a 'commit()'"
+                f"{self.title} ended the migration's own transaction, by a 'commit()'"
                 " or 'rollback()': use 'op.get_context().autocommit_block()' instead."
             )
         if self.hold:
@@ -1375,10 +1217,10 @@ class _Run:
         sections = {x.removeprefix(prefix) for x in functions if x.startswith(prefix)}
         name, names = self.name, {*self.scope.base.targets}
         if "engine_name" in inspect.signature(fn).parameters:
+            if name == "default" and "" in sections:  # as Flask-Migrate names it
+                name = ""
             if not sections or name in sections:
                 return {"engine_name": name}
-            if name == "default" and "" in sections:  # as Flask-Migrate names it
-                return {"engine_name": ""}
             if sections - {""} <= names:  # written before this database existed
                 return None
         elif len(names) == 1 or name == "default":
@@ -1386,8 +1228,7 @@ class _Run:
         elif "default" in names:  # written before there was a second database
             return None
         raise _command_error(
-            f"{_title(step)} has functions for {_quoted(sections) or 'one database'},"
-            f" and none for the database '{name}'. Was it renamed?"
+            f"{self.title} has no function for database '{name}'. Was it renamed?"
         )
 
     def _applied(self, *, heads: cabc.Iterable[str], **_: t.Any) -> None:
@@ -1417,56 +1258,42 @@ class _Run:
             heads = _tops(script, applied | {id_} if step.is_upgrade else applied)
             where += f". Undo by hand what '{id_}' did, and run the command again; or"
             where += f" finish it and run {_stamp_line(self.scope, self.name, heads)}"
-        failed = f"{_title(step)} failed.\n" if step else ""
+        failed = f"{self.title} failed.\n" if step else ""
         return f"{failed}Database '{self.name}': {what}; {where}."
-
-
-def _title(step: RevisionStep) -> str:
-    return f"Revision '{step.revision.revision}' ('{step.revision.path}')"
 
 
 def _run_online(scope: _Scope, fn: StepFunction, kwargs: dict[str, t.Any]) -> None:
     """Run steps on a scope's databases: on all or none, as far as they allow."""
-    scope.ran.clear()
-    while not isinstance(fn, _Job) or _has_work(scope, fn, waits=False):
-        try:
-            return _run_once(scope, fn, kwargs)
-        except _OvertakenError:
-            if not isinstance(fn, _Job) or fn.is_relative:
-                raise
-
-
-def _run_once(scope: _Scope, fn: StepFunction, kwargs: dict[str, t.Any]) -> None:
-    contexts = scope.extension.migration_contexts
+    contexts: dict[str, t.Any] = scope.extension.migration_contexts
     settings = scope.extension._get_cache().settings
-    places = {name: scope.targets[name].identity for name in contexts}
-    files = [place for place in places.values() if place[0] == "sqlite"]
-    runs: dict[str, _Run] = {}
-    if len({*files}) < len(files):
-        raise FlaskAlembicError(
-            "Several databases are one SQLite file: migrate them one by one (-n)."
-        )
-    try:
-        with _turn(scope), contextlib.ExitStack() as stack:
-            # All locks, then all transactions, then the steps; in the end backwards.
-            # Two applications may name databases differently: they sort by server.
-            for name in sorted(contexts, key=places.__getitem__):
-                connection: t.Any = contexts[name].connection
-                # What the caller did through the low-level objects; Alembic would
-                # neither begin nor commit where a transaction is open already.
-                connection.commit()
-                runs[name] = _Run(scope, name, fn, connection, ())
-                stack.enter_context(_guard(runs[name], settings))
-            for run in runs.values():
-                stack.enter_context(run.environment.begin_transaction())
-            for name in contexts:
-                with runs[name].environment as environment:
-                    environment.run_migrations(**kwargs)
-    except BaseException as error:
-        if scope.ran or any(run.step for run in runs.values()):
-            first = sorted(runs.values(), key=lambda run: run.step is None)
-            error.add_note("\n".join(run.outcome() for run in first))
-        raise
+    job = fn if isinstance(fn, _Job) else None
+    repeats = job and not job.is_relative
+    scope.ran.clear()
+    while True:
+        with contextlib.suppress(sa.exc.OperationalError):  # SQLite's guard may wait
+            if job and not _has_work(scope, job, waits=False):
+                return
+        runs: dict[str, _Run] = {}
+        try:
+            with _turn(scope), contextlib.ExitStack() as stack:
+                # All locks first, in the same order whatever the databases are called.
+                for name in sorted(contexts, key=lambda x: scope.targets[x].identity):
+                    # Alembic would neither begin nor commit in what a caller has open.
+                    contexts[name].connection.commit()
+                    runs[name] = _Run(scope, name, fn, contexts[name].connection, ())
+                    stack.enter_context(_guard(runs[name], settings))
+                for run in runs.values():
+                    stack.enter_context(run.environment.begin_transaction())
+                for name in contexts:
+                    with runs[name].environment as environment:
+                        environment.run_migrations(**kwargs)
+            return
+        except BaseException as error:
+            if repeats and isinstance(error, _OvertakenError):
+                continue
+            if scope.ran or any(run.step for run in runs.values()):
+                error.add_note("\n".join(run.outcome() for run in runs.values()))
+            raise
 
 
 @contextlib.contextmanager
@@ -1496,44 +1323,34 @@ def _run_offline(scope: _Scope, job: _Job, live: bool) -> dict[str, str]:
             raise _command_error(f"'{job.start}:{' '.join(job.names)}' leads nowhere.")
     for name in scope.targets:
         run = _Run(scope, name, job, None, rows.get(name, start))
-        try:
-            with _turn(scope), run.environment.begin_transaction(), run.environment:
-                run.environment.run_migrations()
-        except Exception as error:
-            if run.step:
-                text = "failed as SQL, without a connection: ask 'is_offline_mode()'."
-                error.add_note(f"{_title(run.step)} {text}")
-            raise
+        with _turn(scope), run.environment.begin_transaction(), run.environment:
+            run.environment.run_migrations()
         result[name] = run.output.getvalue()
     return result
 
 
 # -- Guards ----------------------------------------------------------------------------
-# Around a run, one guard for each database: it takes the migration lock, makes SQLite
-# atomic, sets the server's time limits, and leaves the connection as it was.
+# Around a run on a database: its lock, SQLite's transaction, the server's time limits.
 
 
 def _guard(run: _Run, settings: _Settings) -> contextlib.AbstractContextManager[t.Any]:
-    """The guard of one database; none for a server whose locks we do not know."""
+    """None for other servers, or where SQLite is to work as with Alembic alone."""
     kind = run.connection.dialect.name
     if kind in ("postgresql", "mysql", "mariadb"):
         return _server_guard(run, settings)
-    # Without transactional DDL, SQLite works as it does with Alembic alone.
     if kind == "sqlite" and run.context.impl.transactional_ddl:
         return _SqliteGuard(run, settings).guard()
     return contextlib.nullcontext()
 
 
 def _is_autocommit(connection: t.Any) -> bool:
-    options = connection.get_execution_options()
-    return bool(options.get("isolation_level") == "AUTOCOMMIT")
+    return "AUTOCOMMIT" in connection.get_execution_options().values()
 
 
 def _listening(connection: t.Any, **listeners: t.Any) -> contextlib.ExitStack:
-    """Listen to a connection's events; the pool gets it back without listeners."""
+    """Listen to a connection's events; one of them may replace what it is given."""
     stack = contextlib.ExitStack()
     for name, listener in listeners.items():
-        # Only this event may replace what it is given.
         event.listen(connection, name, listener, retval=name == "before_cursor_execute")
         stack.callback(event.remove, connection, name, listener)
     return stack
@@ -1549,10 +1366,8 @@ def _wait(name: str, timeout: float | None, attempt: cabc.Callable[[], bool]) ->
             raise MigrationLockTimeout(name, waited)
         if waited >= telling:
             telling *= 2
-            text = "Waiting for the migration lock of database '%s' (%.0f s)."
-            _logger.info(text, name, waited)
-        # Short and growing: no statement of ours may be open while we wait, since an
-        # index that is built concurrently waits for all open statements.
+            _logger.info("Waiting for the lock to migrate '%s' (%.0f s).", name, waited)
+        # Polled: a concurrent index build waits for all statements that are open.
         time.sleep(min(pause, limit - waited))
         pause = min(pause * 1.5, 0.5)
 
@@ -1565,59 +1380,46 @@ def _server_guard(run: _Run, settings: _Settings) -> cabc.Generator[None]:
     if is_mysql:
         autocommit = connection.exec_driver_sql("SELECT @@autocommit").scalar() == 1
         connection.rollback()
-    if autocommit:
-        # An engine in AUTOCOMMIT has no transaction that could be rolled back.
-        level = connection.default_isolation_level
-        connection.execution_options(isolation_level=level)
+    if autocommit:  # it has no transaction that could be rolled back
+        connection.execution_options(isolation_level=connection.default_isolation_level)
+    # Of PostgreSQL's transaction: a pooler would pass a session's on. 0 is no limit.
+    lock, statement = "LOCAL lock_timeout = '{}s'", "LOCAL statement_timeout = '{}s'"
+    if is_mysql:  # they limit sessions only; MySQL, its SELECT statements only
+        lock = "lock_wait_timeout = CEILING({0}),"
+        lock += " innodb_lock_wait_timeout = CEILING({0})"
+        is_mariadb, statement = connection.dialect.is_mariadb, "max_statement_time = {}"
+        statement = statement if is_mariadb else "max_execution_time = CEILING({}*1000)"
+    pairs = (lock, settings.lock_timeout), (statement, settings.statement_timeout)
+    limits = [f"SET {x}".format(max(s, 0.001)) for x, s in pairs if s is not None]
+
+    def limit(_: t.Any) -> None:
+        for text in limits:  # LOCAL is nothing in autocommit, as for a concurrent index
+            connection.exec_driver_sql(text)
 
     with contextlib.ExitStack() as stack:
         if settings.migration_lock:
             stack.enter_context(_server_lock(run, settings.migration_lock_timeout))
-        if {settings.lock_timeout, settings.statement_timeout} != {None}:
-            if is_mysql:  # the pool makes a new session, without our limits
-                stack.callback(connection.invalidate)
-            limit = functools.partial(_limit, settings)
-            stack.enter_context(_listening(connection, begin=limit))
-        yield
-
-
-def _limit(settings: _Settings, connection: t.Any) -> None:
-    """Limit PostgreSQL's transaction that begins; a pooler would pass a session's on.
-
-    MySQL and MariaDB have them for sessions only, MySQL's second one for SELECT only.
-    """
-    lock, statement = "LOCAL lock_timeout = {}", "LOCAL statement_timeout = {}"
-    if connection.dialect.name != "postgresql":  # whole seconds: for tables, for rows
-        lock = "lock_wait_timeout = CEILING({0} / 1000),"
-        lock += " innodb_lock_wait_timeout = CEILING({0} / 1000)"
-        is_mariadb, statement = connection.dialect.is_mariadb, "max_execution_time = {}"
-        statement = "max_statement_time = {} / 1000" if is_mariadb else statement
-    values = {lock: settings.lock_timeout, statement: settings.statement_timeout}
-    for text, seconds in values.items():
-        # A concurrent index build, in autocommit, has no limit, as it should.
-        if seconds is not None and not _is_autocommit(connection):
-            milliseconds = max(1, round(seconds * 1000))  # a 0 would switch it off
-            connection.exec_driver_sql(f"SET {text}".format(milliseconds))
+        if is_mysql and limits:  # the pool makes a new session, without our limits
+            stack.callback(connection.invalidate)
+        with _listening(connection, begin=limit):
+            yield
 
 
 @contextlib.contextmanager
 def _server_lock(run: _Run, timeout: float | None) -> cabc.Generator[None]:
     """Hold the server's lock, at session level: a transaction would lose it."""
-    import hashlib
-
     connection, context, taken = run.connection, run.context, False
     schema = context.version_table_schema or connection.dialect.default_schema_name
     place = f"flask_alembic:{schema or ''}.{context.version_table}"
-    key = int.from_bytes(hashlib.sha256(place.encode()).digest()[:8], signed=True)
-    take, release = f"pg_try_advisory_lock({key})", f"pg_advisory_unlock({key})"
+    key: t.Any = sa.func.hashtextextended(place, 0)
+    take, release = sa.func.pg_try_advisory_lock(key), sa.func.pg_advisory_unlock(key)
     if connection.dialect.name != "postgresql":
-        take = f"GET_LOCK('flask_alembic:{key}', 0)"
-        release = f"RELEASE_LOCK('flask_alembic:{key}')"
+        key = sa.func.sha1(place)
+        take, release = sa.func.get_lock(key, 0), sa.func.release_lock(key)
 
-    def ask(text: str) -> bool:
-        answer = connection.exec_driver_sql(f"SELECT {text}").scalar()
-        connection.rollback()
-        return bool(answer)
+    def ask(function: t.Any) -> bool:
+        with _reading(connection):
+            return bool(connection.scalar(function))
 
     try:
         _wait(run.name, timeout, lambda: ask(take))
@@ -1626,45 +1428,36 @@ def _server_lock(run: _Run, timeout: float | None) -> cabc.Generator[None]:
     finally:
         try:
             connection.rollback()
-            # A lost session has taken its lock along; SQLAlchemy would open another.
             # Not taken, it may be ours: an interrupt can come just after the lock.
             if not connection.invalidated and not ask(release) and taken:
-                text = "Database '%s' lost the migration lock: a pooler in transaction"
-                _logger.warning(f"{text} mode needs 'migration_lock': False.", run.name)
-        except BaseException as error:
+                text = "Lock of '%s' lost: 'migration_lock' must be off for a pooler."
+                _logger.warning(text, run.name)
+        except sa.exc.DBAPIError:
             connection.invalidate()  # a session that is locked must not reach the pool
-            if not isinstance(error, exc.DBAPIError):
-                raise
 
 
 class _SqliteGuard:
-    """Makes SQLite's transaction cover DDL; its ``BEGIN IMMEDIATE`` is the lock.
-
-    A batch operation drops the original table, which would delete its children: so
-    foreign keys are enforced by a check before each commit, and not in between.
-    """
+    """Makes SQLite's transaction cover DDL; its ``BEGIN IMMEDIATE`` is the lock."""
 
     def __init__(self, run: _Run, settings: _Settings) -> None:
         self._run, self._settings, self._connection = run, settings, run.connection
         self._driver: t.Any = self._connection.connection.dbapi_connection
-        self._cursor, self._enforced = self._driver.cursor(), 0
+        self._cursor = self._driver.cursor()
+        self._enforced = self._pragma("foreign_keys")
         self._orphans: t.Counter[str] | None = None
-        #: Whether others could have the lock since the version table was looked at.
-        self._was_free = False
+        self._was_free = False  # others could have the lock since the heads were read
 
     @contextlib.contextmanager
     def guard(self) -> cabc.Generator[None]:
         connection, driver = self._connection, self._driver
         _refuse_transaction(self._run.name, connection.connection.driver_connection)
         level, mode = driver.isolation_level, getattr(driver, "autocommit", -1)
-        if mode != -1:
-            # Python 3.12's own transaction control knows no BEGIN IMMEDIATE. The one
-            # that it has open would have the pragma for foreign keys ignored.
+        if mode != -1:  # Python 3.12's own control: it knows no BEGIN IMMEDIATE
             driver.autocommit = -1
             driver.rollback()
         if _is_autocommit(connection):
             connection.execution_options(isolation_level="SERIALIZABLE")
-        self._enforced = self._pragma("foreign_keys")
+        # A batch operation drops the original table, which would delete its children.
         self._pragma("foreign_keys = 0")
         self._run.hold = self._hold
         events = {"begin": self._begin, "commit": self._commit}
@@ -1673,8 +1466,7 @@ class _SqliteGuard:
                 yield
         finally:
             connection.rollback()
-            # After Ctrl-C inside a statement it is closed: there is nothing to restore.
-            if not connection.invalidated:
+            if not connection.invalidated:  # as it is by Ctrl-C inside a statement
                 driver.rollback()
                 self._pragma(f"foreign_keys = {self._enforced}")
                 if mode != -1:
@@ -1685,12 +1477,10 @@ class _SqliteGuard:
     def _hold(self) -> None:
         """Take the lock again where a revision gave it up; see who had it since."""
         self._begin()
-        heads = self._run.context.get_current_heads if self._was_free else None
-        self._was_free = False
-        if heads and self._run.heads != {*heads()}:
+        was_free, self._was_free = self._was_free, False
+        if was_free and self._run.heads != {*self._run.context.get_current_heads()}:
             raise _OvertakenError(
-                f"Another process migrated database '{self._run.name}' meanwhile: look"
-                " where it stands, and run the command again."
+                f"Another process migrated '{self._run.name}' meanwhile: run it again."
             )
 
     def _begin(self, _: t.Any = None) -> None:
@@ -1698,27 +1488,26 @@ class _SqliteGuard:
         driver = self._connection.connection.driver_connection
         if _is_autocommit(self._connection) or _is_in_transaction(driver):
             return
-
-        def attempt() -> bool:
-            try:
-                locks = " IMMEDIATE" if self._settings.migration_lock else ""
-                self._cursor.execute(f"BEGIN{locks}")
-            except Exception as error:
-                if "locked" not in str(error):
-                    raise
-            return _is_in_transaction(driver)
-
-        # The end of an autocommit_block() gives the driver its own transactions back.
-        self._driver.isolation_level = None
+        self._driver.isolation_level = None  # an autocommit_block() gave it back
         patience = self._pragma("busy_timeout")
         self._pragma("busy_timeout = 0")
         try:
-            _wait(self._run.name, self._settings.migration_lock_timeout, attempt)
+            _wait(self._run.name, self._settings.migration_lock_timeout, self._attempt)
         finally:
             self._pragma(f"busy_timeout = {patience}")
         self._was_free = True
         if self._enforced and self._orphans is None:
             self._orphans = self._count_orphans()
+
+    def _attempt(self) -> bool:
+        try:
+            lock = " IMMEDIATE" if self._settings.migration_lock else ""
+            self._cursor.execute(f"BEGIN{lock}")
+            return True
+        except Exception as error:
+            if "locked" in str(error):
+                return False
+            raise
 
     def _before(self, *args: t.Any) -> tuple[str, t.Any]:
         self._run.look(*args)
@@ -1734,11 +1523,9 @@ class _SqliteGuard:
         now = self._count_orphans()
         renamed = sum(before[table] for table in before.keys() - now.keys())
         if (added := now - before).total() > renamed:
-            # SQLAlchemy has given up its transaction already when this raises.
-            self._driver.rollback()
+            self._driver.rollback()  # SQLAlchemy has given up its transaction already
             raise FlaskAlembicError(
-                f"The migration was not committed: in database '{self._run.name}', rows"
-                f" in {_quoted(added)} would refer to rows which do not exist."
+                f"A commit would orphan rows of {_quoted(added)} in '{self._run.name}'."
             )
 
     def _pragma(self, text: str) -> t.Any:
@@ -1747,23 +1534,17 @@ class _SqliteGuard:
 
     def _count_orphans(self) -> t.Counter[str]:
         """How many rows of each table refer to nothing."""
-        found = t.Counter[str]()
-        self._cursor.execute("SELECT name FROM sqlite_master WHERE type = 'table'")
-        for (table,) in self._cursor.fetchall():
-            name = table.replace('"', '""')
-            try:
-                self._cursor.execute(f'PRAGMA foreign_key_check("{name}")')
-                found[table] = len(self._cursor.fetchall())
-            except Exception as error:
-                # A key of this table refers to columns that are not unique.
-                if "foreign key mismatch" not in str(error):
-                    raise
+        found, cursor = t.Counter[str](), self._cursor
+        cursor.execute("SELECT name FROM sqlite_master WHERE type = 'table'")
+        for row in cursor.fetchall():
+            # It fails where a key of the table refers to columns that are not unique.
+            with contextlib.suppress(self._connection.dialect.dbapi.OperationalError):
+                cursor.execute("SELECT count(*) FROM pragma_foreign_key_check(?)", row)
+                found[row[0]] = cursor.fetchone()[0]
         return found
 
 
 # -- Autogenerate ----------------------------------------------------------------------
-# Alembic's own, with a few refusals around it and a few hooks: the user's callable
-# answers first, ours is asked when that has no opinion.
 
 
 @contextlib.contextmanager
@@ -1783,52 +1564,39 @@ def _read(path: str) -> str:
 
 def _place_template(template: str, names: _Ids) -> None:
     """Copy the template that is needed, over nothing or Alembic's unchanged other."""
-    import importlib.util
-    import shutil
-
     spec: t.Any = importlib.util.find_spec("alembic")  # without importing it
-    folder = os.path.join(os.path.dirname(spec.origin), "templates")
-    generic = os.path.join(folder, "generic", "script.py.mako")
-    multidb, several = os.path.join(folder, "multidb", "script.py.mako"), len(names) > 1
+    folder, several = f"{os.path.dirname(spec.origin)}/templates", len(names) > 1
+    generic, multidb = (f"{folder}/{x}/script.py.mako" for x in ("generic", "multidb"))
     if not os.path.isfile(template) or (several and _read(template) == _read(generic)):
         shutil.copyfile(multidb if several else generic, template)
 
 
 def _check_template(template: str, names: _Ids, empty: bool) -> None:
     """Refuse a template that would write a file without its operations."""
-    with _writing(template):
-        _place_template(template, names)
     text, several = _read(template), len(names) > 1
     # What Alembic's templates, and those that follow them, render operations by.
     for_several, for_one = "_upgrades" in text, re.search(r"\bupgrades\b", text)
     if several and (bad := [name for name in names if not name.isidentifier()]):
         raise FlaskAlembicError(f"{_quoted(bad)} cannot be in the name of a function.")
-    fits = for_several if several else for_one or (empty and not for_several)
-    if fits:
+    if for_several if several else for_one or (empty and not for_several):
         return
-    count = "several databases" if several else "one database"
-    error = f"'{template}' is not for {count}: move it away and run 'flask db mkdir'"
-    if for_several:
-        db = current_app.extensions.get("sqlalchemy")
-        binds = [name for name in getattr(db, "metadatas", ()) if name] or ["users"]
+    error = f"'{template}' is not for {_quoted(names)}: rename it, run 'flask db mkdir'"
+    db = current_app.extensions.get("sqlalchemy")
+    if for_several and (binds := [x for x in getattr(db, "metadatas", ()) if x]):
         more = "".join(f', "{name}": db.metadatas["{name}"]' for name in binds)
         error += f', or write Alembic(metadatas={{"default": db.metadata{more}}})'
     raise FlaskAlembicError(f"{error}.")
 
 
-def _place(
-    settings: _Settings,
-    script: ScriptDirectory,
-    branch: str,
-    parent: RevisionTarget,
-    label: str | cabc.Sequence[str] | None,
-    path: str | os.PathLike[str] | None,
-) -> dict[str, t.Any]:
-    """Where a new revision goes: its parents, its labels and its folder."""
-    labels, known, parents = _as_list(label), _branch_labels(script), _names(parent)
+def _place(extension: Alembic, branch: str, asked: dict[str, t.Any]) -> None:
+    """Check what :meth:`Alembic.revision` was asked for, and say it as Alembic does."""
+    script, settings = extension.script_directory, extension._get_cache().settings
+    known, folders = _known(script), dict(settings.branches)
+    named = {label for s in known.values() for label in s.branch_labels}
+    labels, parents = _as_list(asked["branch_label"]), _names(asked["head"])
     if parents != ("head",):
-        labels += [branch] if branch not in {*known, "default"} else []
-    elif branch in known:
+        labels += [branch] if branch not in {*named, "default"} else []
+    elif branch in named:
         parents = (f"{branch}@head",)
     else:
         # A history from elsewhere has no labels: its head is the default branch's.
@@ -1838,56 +1606,26 @@ def _place(
             parents, labels = ("base",), [*labels, branch]
         elif len(parents) > 1:
             raise _several_heads(parents)
-
-    _refuse_labels(script, labels)
-    places = dict(settings.branches)
-    folder = places.get(branch, settings.locations[0])
-    if path is not None:
-        folder = places.get(str(path)) or _folder(current_app.root_path, path, "path")
-    return {
-        "head": [each.revision for each in _scripts(script, parents)] or "base",
-        "branch_label": list(dict.fromkeys(labels)) or None,
-        "version_path": folder,
-    }
-
-
-def _dependencies(script: ScriptDirectory, depend: t.Any) -> list[str] | None:
-    """The revisions that a new one depends on, as given, since a label stays one."""
-    names = [] if depend is None else [*_names(depend)]
-    if not all(_scripts(script, name) for name in names):
-        raise _command_error(f"{_quoted(names)} cannot be depended on.")
-    return names or None
-
-
-def _branch_labels(script: ScriptDirectory) -> set[str]:
-    return {label for s in script.walk_revisions() for label in s.branch_labels}
-
-
-def _refuse_labels(script: ScriptDirectory, labels: cabc.Iterable[str]) -> None:
-    """Refuse names of branches that are taken, or that no target could name."""
-    symbols = ("base", "head", "heads", "current")
-    taken = {*_branch_labels(script), *_known(script), *symbols}
-    for label in labels:
-        if label in taken or not re.fullmatch(r"[^\s@:+]+", label):
-            raise _command_error(f"'{label}' is taken, or can be no name of a branch.")
-
-
-def _free_id(script: ScriptDirectory, make: t.Any, wanted: str | None) -> str:
-    """An id that no revision or branch has."""
-    new, known = str(make()) if wanted is None else wanted, _known(script)
-    while wanted is None and new.isdecimal() and new in known:
-        new = str(int(new) + 1).zfill(len(new))
-    _refuse_labels(script, [new])
+    new, path, depend = asked["rev_id"], asked["version_path"], asked["depends_on"]
+    if new is None:
+        new = str(extension.rev_id())
+        while new.isdecimal() and new in known:
+            new = str(int(new) + 1).zfill(len(new))
+    taken = {*known, *named, "base", "head", "heads", "current"}
     # The version table's column holds 32 characters.
-    if not re.fullmatch(r"\w[\w.]{0,31}", new):
-        raise _command_error(f"'{new}' cannot be a revision id.")
-    return new
-
-
-def _docstring(message: str) -> str:
-    """A message as the start of a docstring; it never becomes code."""
-    text = message.replace("\\", r"\\").replace('"', r"\"")
-    return "".join(x if x.isprintable() or x == "\n" else ascii(x)[1:-1] for x in text)
+    forms = dict.fromkeys(labels, r"[^\s@:+]+") | {new: r"\w[\w.]{0,31}"}
+    for name, form in forms.items():
+        if name in taken or not re.fullmatch(form, name):
+            raise _command_error(f"'{name}' is taken, or can be no id or branch.")
+    depends = [] if depend is None else [*_names(depend)]
+    if not all(_scripts(script, each) for each in depends):
+        raise _command_error(f"{_quoted(depends)} cannot be depended on.")
+    folder = folders.get(branch, settings.locations[0])
+    if path is not None:
+        folder = folders.get(str(path)) or _folder(current_app.root_path, path, "path")
+    asked |= {"rev_id": new, "depends_on": depends or None, "version_path": folder}
+    asked["head"] = [each.revision for each in _scripts(script, parents)] or "base"
+    asked["branch_label"] = list(dict.fromkeys(labels)) or None
 
 
 def _generate(scope: _Scope, script: ScriptDirectory, arguments: t.Any) -> list[Script]:
@@ -1895,11 +1633,12 @@ def _generate(scope: _Scope, script: ScriptDirectory, arguments: t.Any) -> list[
     from alembic.autogenerate import RevisionContext
 
     extension, compares = scope.extension, arguments["autogenerate"]
-    config, names = scope.config, extension._configured_names()
-    if len(names) > 1:
-        # A subclass may have made the configuration; the template asks for the names.
-        config.set_main_option("databases", ", ".join(names))
-    revisions = RevisionContext(config, script, arguments)
+    # The template asks for the names; a subclass may have made the configuration.
+    scope.config.set_main_option("databases", ", ".join(extension._configured_names))
+    # The message starts a docstring, and never becomes code.
+    text = arguments["message"].replace("\\", r"\\").replace('"', r"\"")
+    text = "".join(x if x.isprintable() or x == "\n" else ascii(x)[1:-1] for x in text)
+    revisions = RevisionContext(scope.config, script, arguments | {"message": text})
     # Not 'get_heads()': a head that another branch depends on has no row.
     heads = tuple(each.revision for each in script.get_revisions("heads"))
     run = revisions.run_autogenerate if compares else revisions.run_no_autogenerate
@@ -1910,43 +1649,35 @@ def _generate(scope: _Scope, script: ScriptDirectory, arguments: t.Any) -> list[
                 if compares:
                     _refuse_comparison(scope, name, context)
                 run(heads, context)
-
     made = revisions.generated_revisions
-    if compares:
-        made[:] = [s for s in made if not all(map(_is_empty, s.upgrade_ops_list))]
+    made[:] = [
+        s for s in made if not compares or any(x.ops for x in s.upgrade_ops_list)
+    ]
     # Of its post-write hooks, Alembic tells on stdout.
     with _writing(arguments["version_path"]), contextlib.redirect_stdout(sys.stderr):
         return [each for each in revisions.generate_scripts() if each is not None]
 
 
 @contextlib.contextmanager
-def _comparing(context: MigrationContext) -> cabc.Generator[None]:
+def _comparing(context: t.Any) -> cabc.Generator[None]:
     """Let the user's hooks find ``alembic.context``, as in a run of migrations."""
     # Inside a revision, the run's own environment is there, and must stay.
-    environment: t.Any = contextlib.nullcontext()
-    if not _running.get():
-        environment = context.environment_context
-    with _process_lock("run"), _reading(context.connection), environment:
+    own = contextlib.nullcontext() if _running.get() else context.environment_context
+    with _process_lock("run"), _reading(context.connection), own:
         yield
-
-
-def _is_empty(container: t.Any) -> bool:
-    return all(hasattr(op, "ops") and _is_empty(op) for op in container.ops)
 
 
 def _refuse_comparison(scope: _Scope, name: str, context: MigrationContext) -> None:
     """Refuse a database that is behind, or models that seem not to be imported."""
     from alembic.autogenerate.api import AutogenContext
 
-    job, compared = _Job(scope.extension, "upgrade"), AutogenContext(context)
-    if steps := job(context.get_current_heads(), context):
+    if steps := _Job(scope.extension, "upgrade")(context.get_current_heads(), context):
         raise _command_error(
-            f"Database '{name}' is not up to date: {_count(steps)} pending. Run"
-            " 'flask db upgrade' first."
+            f"Database '{name}' is {_count(steps)} behind: run 'flask db upgrade'."
         )
-    where: t.Any = {"schema_name": None}
-    tables: list[str] = compared.inspector.get_table_names()
-    tables = [x for x in tables if compared.run_name_filters(x, "table", where)]
+    compared: t.Any = AutogenContext(context)
+    found, where = compared.inspector.get_table_names(), {"schema_name": None}
+    tables = [x for x in found if compared.run_name_filters(x, "table", where)]
     if tables and not any(each.tables for each in _as_list(compared.metadata)):
         raise FlaskAlembicError(
             f"The metadata of database '{name}' has no table, but the database has"
@@ -1958,28 +1689,22 @@ def _produce(scope: _Scope) -> MigrationScript:
     from alembic.autogenerate import produce_migrations
     from alembic.operations.ops import MigrationScript
 
-    ups: list[t.Any] = []
-    downs: list[t.Any] = []
+    made = MigrationScript(None, t.cast(t.Any, []), t.cast(t.Any, []))
     for context in scope.extension.migration_contexts.values():
         with _comparing(context):
             script = produce_migrations(context, context.opts["target_metadata"])
-        ups += script.upgrade_ops_list
-        downs += script.downgrade_ops_list
-        ups[-1].upgrade_token = context.opts["upgrade_token"]
-        downs[-1].downgrade_token = context.opts["downgrade_token"]
-    return MigrationScript(None, t.cast(t.Any, ups), t.cast(t.Any, downs))
+        made.upgrade_ops_list.extend(script.upgrade_ops_list)
+        made.downgrade_ops_list.extend(script.downgrade_ops_list)
+    return made
 
 
 def _with_hooks(
     options: dict[str, t.Any], dialect: sa.Dialect, exclude: cabc.Sequence[str]
 ) -> dict[str, t.Any]:
-    """The options of ``EnvironmentContext.configure`` with our hooks."""
-    from fnmatch import fnmatchcase
-
+    """Options of ``configure`` with our hooks; the user's callables answer first."""
     globs = ["*alembic_version*", options["version_table"], *exclude]
 
     def ask(hook: str, default: t.Any, *args: t.Any) -> t.Any:
-        """What the user's callable says; the default if there is none."""
         user = options.get(hook)
         return user(*args) if callable(user) else default
 
@@ -2002,9 +1727,8 @@ def _with_hooks(
 
     def render_item(type_: str, item: t.Any, context: t.Any) -> t.Any:
         code = ask("render_item", False, type_, item, context)
-        module, prefix = type(item).__module__, context.opts["user_module_prefix"]
-        is_theirs = type_ == "type" and not module.startswith("sqlalchemy.")
-        if code is False and is_theirs and prefix is None:
+        module = type(item).__module__
+        if code is False and type_ == "type" and not module.startswith("sqlalchemy."):
             context.imports.add(f"import {module}")
         return code
 
@@ -2012,7 +1736,8 @@ def _with_hooks(
         answer = ask("compare_server_default", None, *args)
         return _is_default_changed(*args[:3]) if answer is None else answer
 
-    hooks: list[t.Any] = [include_name, include_object, render_item]
+    hooks: list[t.Any] = [include_name, include_object]
+    hooks += [render_item] if options.get("user_module_prefix") is None else []
     hooks += [compare_server_default] if options.get("compare_server_default") else []
     return options | {hook.__name__: hook for hook in hooks}
 
@@ -2033,8 +1758,6 @@ def _is_default_changed(context: t.Any, found: t.Any, wanted: t.Any) -> bool | N
 
 def _normal(sql: str, type_: t.Any) -> tuple[str, str]:
     """A default without what a server adds: casts, parentheses, a number's quotes."""
-    import decimal
-
     value, before = r"('(?:[^']|'')*'|[\w.+-]+|\(.*\)|\w+\(\))", ""
     cast = rf'^{value}::[\w ."]+(\([\d, ]+\))?[\w ]*(\[\])*$'
     while sql != before:
@@ -2049,16 +1772,14 @@ def _normal(sql: str, type_: t.Any) -> tuple[str, str]:
             return "literal", str(decimal.Decimal(text).normalize())
         if quoted and hasattr(kind, "fromisoformat"):
             return "date", kind.fromisoformat(text).isoformat()
-    if quoted or "'" in text or '"' in text:
-        return "literal" if quoted else "", text
-    now = r"\b(?:now|current_timestamp)\b(?:\(\))?"
-    return "", re.sub(now, "current_timestamp", text.lower())
+    if not quoted and "'" not in text and '"' not in text:
+        text = re.sub(r"(now|current_timestamp)\(\)", "current_timestamp", text.lower())
+    return "literal" if quoted else "", text
 
 
 # -- Quick look ------------------------------------------------------------------------
 # Most starts have nothing to upgrade, and the text of the revision files says so,
-# without importing Alembic or running a file. In any doubt, Alembic is asked. What it
-# cannot see is a file that could not be imported.
+# without importing Alembic or running a file. In any doubt, Alembic is asked.
 
 _STRING: t.Final = r"""(?:"[^"\\\n]*"|'[^'\\\n]*')"""
 #: An assignment at the left margin of a plain value on one line.
@@ -2078,15 +1799,12 @@ _DOUBT: t.Final = (
 
 
 def _is_current(scope: _Scope, job: _Job, waits: bool = True) -> bool:
-    """Whether there is surely nothing to run, found without importing Alembic."""
-    kind, settings = type(scope.extension), scope.extension._get_cache().settings
-    names = ["config", "script_directory", "environment_context", "migration_contexts"]
-    # A subclass may see to it that other files or tables are looked at.
-    plain = [
-        getattr(kind, x) is getattr(Alembic, x) for x in [*names, "run_migrations"]
-    ]
+    """Whether surely nothing is to run; an import that would fail goes unseen."""
+    settings = scope.extension._get_cache().settings
     odd = settings.is_on("sourceless") or settings.is_on("recursive_version_locations")
-    if odd or not all(plain) or (job.kind, job.names) != ("upgrade", ("heads",)):
+    # A subclass may see to it that other files or tables are looked at.
+    asked = (type(scope.extension), job.kind, job.names)
+    if odd or asked != (Alembic, "upgrade", ("heads",)):
         return False
     found: set[frozenset[str]] = set()
     for name in scope.targets:
@@ -2099,7 +1817,7 @@ def _is_current(scope: _Scope, job: _Job, waits: bool = True) -> bool:
         try:
             with _reading(connection, waits):
                 found.add(frozenset(connection.scalars(sa.select(table))))
-        except exc.DBAPIError:
+        except sa.exc.DBAPIError:
             return False
     # The files cost most, so they are read last.
     return len(found) == 1 and all(found) and _quick_heads(settings.locations) in found
@@ -2111,21 +1829,15 @@ def _quick_heads(locations: cabc.Sequence[str]) -> frozenset[str] | None:
 
     below: dict[str, list[str]] = {}
     names = ["", "base", "head", "heads"]  # not for ids: three are targets
-    folders = [each for each in locations if os.path.exists(each)]
     # Compiled here, since most processes never come to it.
     assignment, doubt = re.compile(_ASSIGNMENT), re.compile(_DOUBT)
     try:
-        for entry in [entry for folder in folders for entry in os.scandir(folder)]:
-            # Alembic goes by the name that a link leads to, and stumbles over others.
-            folder, name = os.path.split(entry.path)
-            odd = "__pycache__" in folder or "\n" in name or name.strip(".") == "py"
-            if odd or entry.is_symlink():
-                return None
-            is_source = name.endswith(".py") and not name.startswith((".#", "__init__"))
-            if entry.is_dir() or not is_source:
+        for entry in [e for x in locations if os.path.exists(x) for e in os.scandir(x)]:
+            if entry.is_symlink():
+                return None  # Alembic goes by the name that it leads to
+            if entry.is_dir() or not re.match(r"(?!\.#|__init__).*\.py$", entry.name):
                 continue
-            with open(entry.path, encoding="utf-8") as file:
-                text = file.read()
+            text = _read(entry.path)
             matches = assignment.findall(text)
             found = {x: [s[1:-1] for s in re.findall(_STRING, v)] for x, v in matches}
             if len(found) < len(matches) or doubt.search(assignment.sub("", text)):
@@ -2137,16 +1849,14 @@ def _quick_heads(locations: cabc.Sequence[str]) -> frozenset[str] | None:
     except (OSError, ValueError, LookupError):  # whatever it is, Alembic says it better
         return None
     covered = {id_ for ids in below.values() for id_ in ids}
-    illegal = {*"".join(below)} & {*"@-+:"}
     # A name is there twice, or one of the ids is missing (or is a label or a prefix).
-    if illegal or len({*names}) < len(names) or covered - {*below}:
+    if len({*names}) < len(names) or covered - {*below}:
         return None
     return frozenset({*below} - covered)  # dependencies have no row: the "real heads"
 
 
 # -- Commands --------------------------------------------------------------------------
-# Each parses, calls one method, returns what goes to stdout; the rest goes to stderr.
-# What a command needs hangs on it, not on the group: one can be mounted elsewhere.
+# Each calls one method, returns what goes to stdout, and can be mounted anywhere.
 
 #: By parameter name: how it is written, what its value is ("*": repeatable), help.
 _OPTIONS: t.Final = {
@@ -2183,27 +1893,24 @@ def _command(names: str, keys: str = "") -> cabc.Callable[[t.Any], None]:
     params: list[click.Parameter] = []
     for key in f"{keys} verbose".split():
         if key.isupper():
-            many, metavar = key.endswith("S"), f"[{key.rstrip('_')}]"
-            kind: dict[str, t.Any] = {"nargs": -1 if many else 1, "required": False}
-            metavar += "..." if many else ""
-            params.append(click.Argument([key.lower()], metavar=metavar, **kind))
+            nargs, dots = (-1, "...") if key.endswith("S") else (1, "")
+            kind: dict[str, t.Any] = {"nargs": nargs, "required": False}
+            kind["metavar"] = f"[{key.rstrip('_')}]{dots}"
+            params.append(click.Argument([key.lower()], **kind))
             continue
         written, metavar, text = _OPTIONS[key]
-        kind = {"is_flag": True}
-        if metavar:
-            kind = {"metavar": metavar.rstrip("*"), "multiple": metavar.endswith("*")}
-        text += " Can be repeated." if metavar.endswith("*") else ""
-        params.append(click.Option([*written.split("/"), key], help=text, **kind))
+        kind = {"is_flag": not metavar or None, "multiple": metavar.endswith("*")}
+        text += " Can be repeated." if kind["multiple"] else ""
+        kind |= {"metavar": metavar.rstrip("*"), "help": text}
+        params.append(click.Option([*written.split("/"), key], **kind))
 
     def add(callback: t.Any) -> None:
-        name, *aliases = names.split()
-        short = callback.__doc__.partition("\n")[0]
-        short += "".join(f" Alias: {alias}." for alias in aliases)
-        kind = {"params": params, "help": callback.__doc__, "short_help": short}
+        kind = {"params": params, "help": callback.__doc__}
+        kind["short_help"] = callback.__doc__.partition("\n")[0]
         # A target may be "-2".
         kind["context_settings"] = {"ignore_unknown_options": "TARGET" in keys.split()}
-        for each in (name, *aliases):
-            make = cli.command(each, hidden=each in aliases, **kind)
+        for each in names.split():  # the first is the name that the help lists
+            make = cli.command(each, hidden=not names.startswith(each), **kind)
             make(functools.partial(_run_command, callback))
 
     return add
@@ -2212,285 +1919,250 @@ def _command(names: str, keys: str = "") -> cabc.Callable[[t.Any], None]:
 def _run_command(callback: t.Any, verbose: bool, **options: t.Any) -> None:
     """Print what a command returns, and make one line of an error of the user's."""
     given = {key: value for key, value in options.items() if value not in ((), None)}
-    ctx, alembic = click.get_current_context(), current_app.extensions.get("alembic")
-    if re.match(r"-(?!\d+$)", given.get("target", "")):
-        raise click.NoSuchOption(given["target"])
-    if alembic is None:
-        raise click.ClickException("The application has no 'Alembic(app)'.")
-    loggers = (logging.getLogger("alembic"), _logger, logging.root)
-    # Where the application shows log lines, we do not; Alembic's handler does nothing.
-    kinds = {type(each) for logger in loggers for each in logger.handlers}
-    shows = given.get("quiet") or kinds - {logging.NullHandler}
+    alembic = current_app.extensions.get("alembic") or Alembic()  # says what is missing
+    # Where the application shows log lines, we do not.
+    shows = given.get("quiet") or logging.root.handlers or _logger.handlers
     try:
         with contextlib.nullcontext() if shows else _logged(_say):
             marks = given.pop("indicate_current", False)
             states = alembic.status(given.get("database")) if marks else {}
-            for each in callback(alembic, **given) or ():
-                is_text, verbosely = isinstance(each, str), ctx.params["verbose"]
-                click.echo(each if is_text else _format(each, verbosely, states))
+            commands = _Commands(alembic, verbose, states)
+            for each in callback(commands, **given) or ():
+                click.echo(each if isinstance(each, str) else commands.line_of(each))
+    except (click.ClickException, click.exceptions.Exit, BrokenPipeError):
+        raise
     except KeyboardInterrupt as error:
         _say("\n".join(["", *getattr(error, "__notes__", ())]))
         raise
-    except (click.ClickException, click.exceptions.Exit, BrokenPipeError):
-        raise
     except Exception as error:
-        from traceback import format_exception
-
-        line, begin = _line_of(error), error.__traceback__
-        frame = None if verbose else begin
-        while frame:  # the first ones are Click's, Flask's and ours
-            is_ours = frame.tb_frame.f_globals is globals()
-            begin, frame = frame.tb_next if is_ours else begin, frame.tb_next
+        line, frames = _line_of(error), traceback.walk_tb(error.__traceback__)
         if verbose or line is None:
-            _say("".join(format_exception(error.with_traceback(begin))).rstrip())
-        if line is not None:
-            raise click.ClickException(line) from error
-        ctx.exit(1)
+            ours = [frame.f_globals is globals() for frame, _ in frames]
+            # What follows our own frames; all, if none does.
+            limit = None if verbose else -ours[::-1].index(True) or None
+            _say("".join(traceback.format_exception(error, limit=limit)).rstrip())
+        failed = click.ClickException(line) if line else click.exceptions.Exit(1)
+        raise failed from error
 
 
-@_command("mkdir init")
-def _mkdir_command(alembic: Alembic) -> None:
-    """Make the migrations folder and its template, unless they exist."""
-    alembic.mkdir()
+@dataclasses.dataclass
+class _Commands:
+    """What the commands share while one of them runs; each is registered above."""
 
+    alembic: Alembic
+    verbose: bool
+    states: dict[str, DatabaseStatus]  # to mark current revisions
 
-@_command(
-    "revision migrate",
-    "MESSAGE_ message empty branch parent splice depend label path rev_id x database",
-)
-def _revision_command(
-    alembic: Alembic, message_: str = "", message: str = "", **options: t.Any
-) -> list[str]:
-    """Write a revision file from what changed in the models.
+    @_command("mkdir init")
+    def mkdir(self) -> None:
+        """Make the migrations folder and its template, if missing (alias: init)."""
+        self.alembic.mkdir()
 
-    MESSAGE says what. The databases, which the models are compared with, have to be up
-    to date. Review the file that is written. When nothing changed, none is written.
-    """
-    if message_ and message:
-        raise click.UsageError("Give the message either as MESSAGE or with '-m'.")
-    made = alembic.revision(message_ or message, **options)
-    if not made:
-        models = [_as_list(each.metadata) for each in _find_targets(alembic).values()]
-        advice = "there is no table: import the models"
-        if any(each.tables for some in models for each in some):
-            advice = "to write a revision by hand, add --empty"
-        _say(f"No changes detected; {advice}.")
-    return [script.path for script in made]
+    @_command(
+        "revision migrate",
+        "MESSAGE_ message empty branch parent splice depend label path rev_id x"
+        " database",
+    )
+    def revision(self, message_: str = "", message: str = "", **rest: t.Any) -> t.Any:
+        """Write a revision file from what changed in the models (alias: migrate).
 
+        MESSAGE says what. The databases, which the models are compared with, have to be
+        up to date. Review the file. When nothing changed, none is written.
+        """
+        if message_ and message:
+            raise click.UsageError("Give the message either as MESSAGE or with '-m'.")
+        made = self.alembic.revision(message_ or message, **rest)
+        if not made:
+            models = [x.metadata for x in _find_targets(self.alembic).values()]
+            has_tables = any(x.tables for each in models for x in _as_list(each))
+            advice = "give --empty" if has_tables else "no table: import the models"
+            _say(f"No changes detected; {advice}.")
+        return [script.path for script in made]
 
-@_command("merge", "REVISIONS message label rev_id splice")
-def _merge_command(alembic: Alembic, **options: t.Any) -> list[str]:
-    """Write a revision that joins REVISIONS (or branches), by default all heads."""
-    return [alembic.merge(**options).path]
+    @_command("merge", "REVISIONS message label rev_id splice")
+    def merge(self, **options: t.Any) -> list[str]:
+        """Write a revision that joins REVISIONS (or branches), by default all heads."""
+        return [self.alembic.merge(**options).path]
 
+    @_command("upgrade", "TARGET sql quiet tag x database")
+    def upgrade(self, target: str = "heads", **options: t.Any) -> t.Any:
+        """Run the revisions that lead up to TARGET, by default to all heads.
 
-@_command("upgrade", "TARGET sql quiet tag x database")
-def _upgrade_command(
-    alembic: Alembic, target: str = "heads", **options: t.Any
-) -> t.Any:
-    """Run the revisions that lead up to TARGET.
+        TARGET is a revision id or its beginning, 'head', 'BRANCH@head', or steps: '+2'.
+        --sql takes [START:]TARGET; START is 'base', or 'current' to ask the database.
+        """
+        return self.migrate("upgrade", target, **options)
 
-    TARGET is a revision id or its beginning, 'head', 'heads', 'BRANCH@head', or a
-    number of steps, as '+2'. The default is 'heads', the head of every branch. --sql
-    takes [START:]TARGET; START is 'base' by default, or 'current' to ask the database.
-    """
-    return _migrate(alembic, "upgrade", target, **options)
+    @_command("downgrade", "TARGET sql quiet tag x database")
+    def downgrade(self, target: str = "-1", **options: t.Any) -> t.Any:
+        """Undo the last revision, or all down to TARGET, by default '-1'.
 
+        TARGET is a revision id or its beginning, 'base', 'BRANCH@base', or steps: '-2',
+        'BRANCH@-1'. --sql takes START:TARGET; START may be 'current', to ask.
+        """
+        if options["sql"] and not all(target.partition(":")):
+            raise click.UsageError("'--sql' needs START:TARGET here, as 'current:-1'.")
+        return self.migrate("downgrade", target, **options)
 
-@_command("downgrade", "TARGET sql quiet tag x database")
-def _downgrade_command(alembic: Alembic, target: str = "-1", **options: t.Any) -> t.Any:
-    """Undo the last revision, or all down to TARGET.
+    @_command("stamp", "TARGETS purge sql tag x database")
+    def stamp(self, targets: t.Any = ("heads",), **options: t.Any) -> t.Any:
+        """Write TARGETS, by default 'heads', into the version table; run nothing.
 
-    TARGET is a revision id or its beginning, 'base', 'BRANCH@base', or a number of
-    steps, as '-2' or 'BRANCH@-1'. The default is '-1'. --sql takes START:TARGET; START
-    is where the database stands, or 'current' to ask it.
-    """
-    if options["sql"] and not all(target.partition(":")):
-        raise click.UsageError("'--sql' needs START:TARGET here, as 'current:-1'.")
-    return _migrate(alembic, "downgrade", target, **options)
+        TARGETS are revision ids or their beginnings, 'heads', 'base' or 'BRANCH@head'.
+        Rows of branches not named stay. With --sql, the first may be START:TARGET.
+        """
+        return self.migrate("stamp", *targets, **options)
 
+    @_command("status", "json database")
+    def status(self, json: bool, **options: t.Any) -> t.Any:
+        """Show where each database stands, and what is pending."""
+        from json import dumps
 
-@_command("stamp", "TARGETS purge sql tag x database")
-def _stamp_command(alembic: Alembic, **options: t.Any) -> t.Any:
-    """Write TARGETS into the version table without running a revision.
+        data: dict[str, t.Any] = {}
+        for name, state in self.alembic.status(**options).items():
+            pending = [
+                {"revision": x.revision, "message": _summary(x), "path": x.path}
+                for x in state.pending
+            ]
+            data[name] = {**state._asdict(), "pending": pending}
+            words = f"{_count(pending)} pending" if pending else "up to date"
+            ids = ", ".join(state.unknown)
+            lines = [f"{name}: {f'unknown ids: {ids}' if ids else words}"]
+            kinds = ("current", "head", "pending")
+            for kind, scripts in zip(kinds, state[:3], strict=True):
+                texts = [f"{x.revision}  {_summary(x)}".rstrip() for x in scripts]
+                lines += [f"  {kind:<7}  {text}" for text in texts]
+            yield from [] if json else lines
+        if json:
+            yield dumps({"databases": data}, indent=2, default=lambda x: x.revision)
 
-    TARGETS are revision ids or their beginnings, 'heads', 'base' or 'BRANCH@head'. The
-    default is 'heads'. The row of a branch that is not named stays. With --sql, the
-    first may be START:TARGET.
-    """
-    return _migrate(alembic, "stamp", *options.pop("targets", ["heads"]), **options)
+    @_command("current", "check_heads database")
+    def current(self, check_heads: bool, database: t.Any = ()) -> t.Any:
+        """Show the revisions that each database is at."""
+        names = database or self.alembic.databases
+        found = {name: self.alembic.current(name) for name in names}
+        for name, scripts in found.items():
+            yield from [f"Database: {name}"] if len(names) > 1 else []
+            yield from scripts
+        if check_heads and self.alembic.needs_upgrade(names):
+            raise click.ClickException("Database is not on all head revisions.")
 
+    @_command("check", "database")
+    def check(self, database: t.Any = ()) -> t.Any:
+        """Exit with 1 if models and databases differ, or a branch has several heads."""
+        lines: list[str] = []
+        for name in database or self.alembic.databases:
+            found: list[str] = []
+            with _logged(found.append):
+                diffs = self.alembic.compare_metadata(name)
+            if diffs:
+                pending = self.alembic.status(name)[name].pending
+                note = f", which has {_count(pending)} pending" if pending else ""
+                lines += [f"Changes detected in database '{name}'{note}:"]
+                lines += [f"  {line}" for line in found or map(repr, diffs)]
+        branches: dict[str, list[str]] = {}
+        for head in self.alembic.heads():
+            branch = ", ".join(sorted(head.branch_labels)) or "default"
+            branches.setdefault(branch, []).append(head.revision)
+        for branch, ids in branches.items():
+            if len(ids) > 1:
+                lines += [f"Branch '{branch}': {_several_heads(ids)}"]
+        yield from lines or ["No changes detected."]
+        if lines:
+            raise click.exceptions.Exit(1)
 
-@_command("status", "json database")
-def _status_command(alembic: Alembic, json: bool, **options: t.Any) -> t.Any:
-    """Show where each database stands, and what is pending."""
-    from json import dumps
+    @_command("heads", "resolve_dependencies")
+    def heads(self, **options: t.Any) -> t.Any:
+        """Show the revisions that no other follows."""
+        return self.alembic.heads(**options)
 
-    states = alembic.status(**options)
-    data = {name: state._asdict() for name, state in states.items()}
-    for name, state in states.items():
-        data[name]["pending"] = [
-            {"revision": x.revision, "message": _summary(x), "path": x.path}
-            for x in state.pending
-        ]
-        words = f"{_count(state.pending)} pending" if state.pending else "up to date"
-        if state.unknown:
-            words = f"unknown ids: {', '.join(state.unknown)}"
-        lines = [f"{name}: {words}"]
-        kinds = ("current", "head", "pending")
-        for kind, scripts in zip(kinds, state[:3], strict=True):
-            texts = [f"{x.revision}  {_summary(x)}".rstrip() for x in scripts]
-            lines += [f"  {kind:<7}  {text}" for text in texts]
-        yield from [] if json else lines
-    if json:
-        yield dumps({"databases": data}, indent=2, default=lambda x: x.revision)
+    @_command("branches")
+    def branches(self) -> t.Any:
+        """Show the revisions that more than one other follows, and those."""
+        for script in self.alembic.branches():
+            yield script
+            children = sorted(script.nextrev)
+            for each in self.alembic.script_directory.get_revisions(children):
+                yield f"    -> {each.revision}  {_summary(each)}"
 
+    @_command("log history", "start end rev_range indicate_current database")
+    def log(self, rev_range: str = "", **options: t.Any) -> t.Any:
+        """Show the history, newest first, by default all of it (alias: history).
 
-@_command("current", "check_heads database")
-def _current_command(
-    alembic: Alembic, check_heads: bool, database: t.Any = ()
-) -> t.Any:
-    """Show the revisions that each database is at."""
-    names = database or alembic.databases
-    found = {name: alembic.current(name) for name in names}
-    for name, scripts in found.items():
-        yield from [f"Database: {name}"] if len(names) > 1 else []
-        yield from scripts
-    if check_heads and alembic.needs_upgrade(names):
-        text = "Database is not on all head revisions: run 'flask db upgrade'."
-        raise click.ClickException(text)
-
-
-@_command("check", "database")
-def _check_command(alembic: Alembic, database: t.Any = ()) -> t.Any:
-    """Exit with 1 if models and databases differ, or a branch has several heads."""
-    lines: list[str] = []
-    for name in database or alembic.databases:
-        found: list[str] = []
-        with _logged(found.append):
-            diffs = alembic.compare_metadata(name)
-        if diffs:
-            pending = alembic.status(name)[name].pending
-            note = f", which has {_count(pending)} pending" if pending else ""
-            lines += [f"Changes detected in database '{name}'{note}:"]
-            lines += [f"  {line}" for line in found or map(repr, diffs)]
-    branches: dict[str, list[str]] = {}
-    for head in alembic.heads():
-        branch = ", ".join(sorted(head.branch_labels)) or "default"
-        branches.setdefault(branch, []).append(head.revision)
-    for branch, ids in branches.items():
-        if len(ids) > 1:
-            lines += [f"Branch '{branch}' has {len(ids)} heads. To merge them:"]
-            lines += [f'  flask db merge -m "merge heads" {" ".join(ids)}']
-    yield from lines or ["No changes detected."]
-    if lines:
-        raise click.exceptions.Exit(1)
-
-
-@_command("heads", "resolve_dependencies")
-def _heads_command(alembic: Alembic, **options: t.Any) -> t.Any:
-    """Show the revisions that no other follows."""
-    return alembic.heads(**options)
-
-
-@_command("branches")
-def _branches_command(alembic: Alembic) -> t.Any:
-    """Show the revisions that more than one other follows, and those."""
-    for script in alembic.branches():
-        children = alembic.script_directory.get_revisions(sorted(script.nextrev))
-        yield from [
-            script,
-            *(f"    -> {_format(each, False, {})}" for each in children),
-        ]
-
-
-@_command("log history", "start end rev_range indicate_current database")
-def _log_command(alembic: Alembic, rev_range: str = "", **options: t.Any) -> t.Any:
-    """Show the history, newest first.
-
-    Either end is a revision id or its beginning, a symbol as 'BRANCH@head', or
-    'current'. The default is from 'base' to 'heads'.
-    """
-    start, end = options.get("start", ""), options.get("end", "")
-    if rev_range:
-        if start or end or ":" not in rev_range:
+        Either end is a revision id or its beginning, 'BRANCH@head', or 'current'.
+        """
+        start, end = options.get("start", ""), options.get("end", "")
+        if rev_range and (start or end or ":" not in rev_range):
             raise click.UsageError("'-r' takes A:B, in place of '--start' and '--end'.")
-        start, _, end = rev_range.partition(":")
-    return alembic.log(start or "base", end or "heads")
+        if rev_range:
+            start, end = rev_range.split(":", 1)
+        return self.alembic.log(start or "base", end or "heads")
 
+    @_command("show", "REVISIONS indicate_current database")
+    def show(self, revisions: t.Any = ("head",), database: t.Any = None) -> t.Any:
+        """Show REVISIONS (ids, 'BRANCH@head', 'current') in full, by default 'head'."""
+        self.verbose = True
+        for name in revisions:
+            if name == "current":
+                yield from self.alembic.current(database)
+            else:
+                yield from _scripts(self.alembic.script_directory, name)
 
-@_command("show", "REVISIONS indicate_current database")
-def _show_command(alembic: Alembic, **options: t.Any) -> t.Any:
-    """Show all about REVISIONS.
+    @_command("edit", "REVISION")
+    def edit(self, revision: str = "head") -> None:
+        """Open the file of REVISION, by default of the head, in your $EDITOR."""
+        for script in _scripts(self.alembic.script_directory, revision):
+            click.edit(filename=script.path)
 
-    They are revision ids or their beginnings, symbols as 'BRANCH@head', or 'current';
-    by default 'head'.
-    """
-    click.get_current_context().params["verbose"] = True
-    for name in options.get("revisions", ["head"]):
-        if name == "current":
-            yield from alembic.current(options.get("database"))
-        else:
-            yield from _scripts(alembic.script_directory, name)
+    def migrate(self, verb: str, *targets: str, **options: t.Any) -> t.Any:
+        """Upgrade, downgrade or stamp, telling of the progress; or make SQL of it."""
+        sql, quiet = options.pop("sql"), options.pop("quiet", False)
+        start, colon, first = targets[0].rpartition(":")
+        if not first or (colon and not sql) or re.match(r"-(?!\d+$)", targets[0]):
+            raise click.UsageError(f"'{targets[0]}' is no TARGET. START: needs --sql.")
+        if sql and options.pop("purge", False):
+            raise click.UsageError("Give either '--sql' or '--purge'.")
+        target = (first, *targets[1:]) if targets[1:] else first
+        if sql:
+            make = getattr(self.alembic, f"{verb}_sql")
+            scripts = make(target, start or "base", **options)
+            form = "-- Database: {}\n\n{}\n" if len(scripts) > 1 else "{1}"
+            return [form.format(name, text.rstrip()) for name, text in scripts.items()]
 
+        def report(name: str, script: Script, at: int, of: int, took: float) -> None:
+            id_ = click.style(script.revision, fg="cyan")
+            words = [f"{at:>3}/{of}", *[name] * several, id_, _summary(script)]
+            _say(f"{'  '.join(filter(None, words))} ... {took:.2f}s")
 
-@_command("edit", "REVISION")
-def _edit_command(alembic: Alembic, revision: str = "head") -> None:
-    """Open the file of REVISION, by default of the head, in your $EDITOR."""
-    for script in _scripts(alembic.script_directory, revision):
-        click.edit(filename=script.path)
+        several, began = len(self.alembic.databases) > 1, time.perf_counter()
+        g.flask_alembic_report = None if quiet else report
+        try:
+            ran = getattr(self.alembic, verb)(target, **options)
+        finally:
+            g.pop("flask_alembic_report")
+        if verb != "stamp" and not quiet:
+            done = f"{_count(ran)} {verb}d in {time.perf_counter() - began:.2f}s."
+            _say(done if ran else "Nothing to do.")
+        return ran if verb == "stamp" else ()
 
-
-def _migrate(alembic: t.Any, verb: str, *targets: str, **options: t.Any) -> t.Any:
-    """Upgrade, downgrade or stamp, telling of the progress; or make SQL of it."""
-    sql, quiet = options.pop("sql"), options.pop("quiet", False)
-    start, colon, first = targets[0].rpartition(":")
-    if not first or (colon and not sql):
-        raise click.UsageError(f"'{targets[0]}' is not TARGET (--sql: [START:]TARGET).")
-    if sql and options.pop("purge", False):
-        raise click.UsageError("Give either '--sql' or '--purge'.")
-    target = (first, *targets[1:]) if targets[1:] else first
-    if sql:
-        scripts = getattr(alembic, f"{verb}_sql")(target, start or "base", **options)
-        form = "-- Database: {}\n\n{}\n" if len(scripts) > 1 else "{1}"
-        return [form.format(name, text.rstrip()) for name, text in scripts.items()]
-
-    def report(name: str, script: Script, number: int, of: int, took: float) -> None:
-        id_ = click.style(script.revision, fg="cyan")
-        words = [f"{number:>3}/{of}", *[name] * several, id_, _summary(script)]
-        _say(f"{'  '.join(filter(None, words))} ... {took:.2f}s")
-
-    several, began = len(alembic.databases) > 1, time.perf_counter()
-    g.flask_alembic_report = None if quiet else report
-    try:
-        ran = getattr(alembic, verb)(target, **options)
-    finally:
-        g.pop("flask_alembic_report")
-    if verb == "stamp":
-        return ran
-    if not quiet:
-        done = f"{_count(ran)} {verb}d in {time.perf_counter() - began:.2f}s."
-        _say(done if ran else "Nothing to do.")
-    return ()
+    def line_of(self, script: Script) -> str:
+        """A revision as Alembic shows it; its own mark is state that threads share."""
+        kinds = {"include_branches": True, "include_parents": True}
+        text = script.cmd_format(self.verbose, **kinds)
+        for names in (script.branch_labels, script.nextrev):  # sets
+            text = text.replace(", ".join(names), ", ".join(sorted(names)), 1)
+        at = [name for name, state in self.states.items() if script in state.current]
+        where = f": {', '.join(at)}" if len(at) < len(self.states) else ""
+        mark = f" (current{where})" if at else ""
+        if self.verbose:
+            return text.replace("\n", f"{mark}\n", 1)
+        return f"{text}{mark}, {_summary(script)}".removesuffix(", ")
 
 
 def _summary(script: Script) -> str:
     """The message in one line; without one, Alembic takes what follows for it."""
     text = " ".join((script.doc or "").split())
     return "" if text.startswith("Revision ID: ") else text
-
-
-def _format(script: Script, verbose: bool, states: dict[str, DatabaseStatus]) -> str:
-    """A revision as Alembic shows it, whose own mark is state that threads share."""
-    text = script.cmd_format(verbose, include_branches=True, include_parents=True)
-    for names in (script.branch_labels, script.nextrev):  # sets
-        text = text.replace(", ".join(names), ", ".join(sorted(names)), 1)
-    at = [name for name, state in states.items() if script in state.current]
-    where = f": {', '.join(at)}" if len(at) < len(states) else ""
-    mark = f" (current{where})" if at else ""
-    if verbose:
-        return text.replace("\n", f"{mark}\n", 1)
-    return f"{text}{mark}, {_summary(script)}".removesuffix(", ")
 
 
 def _count(revisions: cabc.Sequence[t.Any]) -> str:
@@ -2502,8 +2174,7 @@ def _say(text: str) -> None:
     try:
         click.echo(text, err=True)
     except (OSError, ValueError):
-        # Python would try again when it exits, and exit with an error.
-        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+        sys.stderr = None  # or Python tries again when it exits, and fails
 
 
 @contextlib.contextmanager
@@ -2513,9 +2184,8 @@ def _logged(tell: cabc.Callable[[str], t.Any]) -> cabc.Generator[None]:
     def handle(record: logging.LogRecord) -> bool:
         # Alembic names one of its objects, or our function, in one of its lines.
         text = re.sub("^.*<.*> detected", "Detected changed", record.getMessage())
-        if record.levelno >= logging.WARNING:
-            tell(f"{record.levelname.capitalize()}: {text}")
-        elif record.name == _logger.name or text.startswith("Detected"):
+        wanted = record.name == _logger.name or text.startswith("Detected")
+        if wanted or record.levelno > logging.INFO:
             tell(text)
         return False
 
@@ -2523,9 +2193,8 @@ def _logged(tell: cabc.Callable[[str], t.Any]) -> cabc.Generator[None]:
     handler.addFilter(handle)
     with contextlib.ExitStack() as undo:
         for logger in (logging.getLogger("alembic"), _logger):
-            kept = {"handlers": logger.handlers, "propagate": logger.propagate}
-            undo.callback(logger.__dict__.update, kept)
-            undo.callback(logger.setLevel, logger.level)
+            undo.callback(logger.setLevel, logger.level)  # forgets levels it looked up
+            undo.callback(vars(logger).update, vars(logger).copy())
             logger.handlers, logger.propagate = [handler], False
             logger.setLevel(logging.INFO)
         yield

@@ -1228,7 +1228,7 @@ def test_values(app: Flask, percent: str) -> None:
         "sqlalchemy.pool_timeout": "5",
         "section": {"colour": f"100{percent}", "number": 7},
     }
-    own = flask_alembic._OWN_DEFAULTS
+    own = flask_alembic._Settings._field_defaults
     app.config["ALEMBIC"] = {**own, **theirs}
     extension = build_sqlite(app)
 
@@ -4679,7 +4679,10 @@ def test_readme_configuration_table_has_the_defaults() -> None:
     """Of our keys, each once."""
     names = [name.strip("`") for name in readme_column("key")]
     values = [value.strip("`") for value in readme_column("key", 2)]
-    own = {key: repr(value) for key, value in flask_alembic._OWN_DEFAULTS.items()}
+    own = {
+        key: repr(value)
+        for key, value in flask_alembic._Settings._field_defaults.items()
+    }
     theirs = {"script_location": '"migrations"', "path_separator": '"os"'}
     expected = {**theirs, "version_locations": "[]", **own}
     assert dict(zip(names, values, strict=True)) == expected
