@@ -42,6 +42,7 @@ from flask import current_app
 from flask import g
 from flask.cli import AppGroup
 from sqlalchemy import event
+from sqlalchemy import exc
 from sqlalchemy.util import concurrency
 
 if t.TYPE_CHECKING:
@@ -121,7 +122,7 @@ def _line_of(error: BaseException) -> str | None:
         return "\n".join([text, *notes])
     if notes:  # of a run that failed, or of a connection that was refused
         return notes[0] if notes[0].startswith("Cannot connect to") else None
-    if isinstance(error, sa.exc.DBAPIError):
+    if isinstance(error, exc.DBAPIError):
         return f"The database cannot be used: {text}"
     module = sys.modules.get("alembic.util.exc")  # never imported, it never raised
     return text if module and isinstance(error, module.CommandError) else None
@@ -1198,7 +1199,7 @@ class _Run:
                 if self.connection is None:
                     error.add_note(f"{self.title} failed as SQL, without a connection.")
                 # A statement that fails, as on a full disk, may roll back by itself.
-                if self.hold and not isinstance(error, sa.exc.DBAPIError):
+                if self.hold and not isinstance(error, exc.DBAPIError):
                     self.look(self.connection, error)
                 raise
         # What Alembic opened: for the run, for the step, after an autocommit_block().
@@ -1270,7 +1271,7 @@ def _run_online(scope: _Scope, fn: StepFunction, kwargs: dict[str, t.Any]) -> No
     repeats = job and not job.is_relative
     scope.ran.clear()
     while True:
-        with contextlib.suppress(sa.exc.OperationalError):  # SQLite's guard may wait
+        with contextlib.suppress(exc.OperationalError):  # SQLite's guard may wait
             if job and not _has_work(scope, job, waits=False):
                 return
         runs: dict[str, _Run] = {}
@@ -1432,7 +1433,7 @@ def _server_lock(run: _Run, timeout: float | None) -> cabc.Generator[None]:
             if not connection.invalidated and not ask(release) and taken:
                 text = "Lock of '%s' lost: 'migration_lock' must be off for a pooler."
                 _logger.warning(text, run.name)
-        except sa.exc.DBAPIError:
+        except exc.DBAPIError:
             connection.invalidate()  # a session that is locked must not reach the pool
 
 
@@ -1817,7 +1818,7 @@ def _is_current(scope: _Scope, job: _Job, waits: bool = True) -> bool:
         try:
             with _reading(connection, waits):
                 found.add(frozenset(connection.scalars(sa.select(table))))
-        except sa.exc.DBAPIError:
+        except exc.DBAPIError:
             return False
     # The files cost most, so they are read last.
     return len(found) == 1 and all(found) and _quick_heads(settings.locations) in found
@@ -1938,8 +1939,7 @@ def _run_command(callback: t.Any, verbose: bool, **options: t.Any) -> None:
         line, frames = _line_of(error), traceback.walk_tb(error.__traceback__)
         if verbose or line is None:
             ours = [frame.f_globals is globals() for frame, _ in frames]
-            # What follows our own frames; all, if none does.
-            limit = None if verbose else -ours[::-1].index(True) or None
+            limit = None if verbose else -ours[::-1].index(True) or None  # after ours
             _say("".join(traceback.format_exception(error, limit=limit)).rstrip())
         failed = click.ClickException(line) if line else click.exceptions.Exit(1)
         raise failed from error
