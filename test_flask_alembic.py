@@ -1626,7 +1626,7 @@ def test_missing_set_up_is_named(
         "mssql+pyodbc://127.0.0.1:1/shop?odbc_connect=/no/such%3BPWD%3Dhidden",
     ],
 )
-@pytest.mark.filterwarnings("ignore:'passwd' is deprecated")
+@pytest.mark.filterwarnings("ignore:('passwd'|version) is deprecated")
 def test_message_shows_no_password(app: Flask, address: str) -> None:
     """It has the driver, the host, the port and the database, never the query."""
     # For want of the system's library, another driver cannot open that either.
