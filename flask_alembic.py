@@ -163,7 +163,6 @@ class Alembic:
         self.command_name = command_name
         self.metadatas: dict[str, MetadataOption] = _by_name(metadatas)  #: By database.
         self.engines: dict[str, EngineOption] = _by_name(engines)  #: By database.
-        self._configured_names = tuple(self.metadatas) or ("default",)
         self._caches = weakref.WeakKeyDictionary[Flask, _Cache]()
         if app is not None:
             self.init_app(app)
@@ -272,7 +271,7 @@ class Alembic:
         with _writing(settings.script_location):
             for folder in (settings.script_location, *settings.locations):
                 os.makedirs(folder, exist_ok=True)
-            _place_template(settings.template, self._configured_names)
+            _place_template(settings.template, tuple(self.metadatas) or ("default",))
 
     def rev_id(self) -> str:
         """Make a revision's id: the time in seconds. Can be overridden or assigned."""
@@ -306,7 +305,7 @@ class Alembic:
         """
         script, settings = self.script_directory, self._get_cache().settings
         self.mkdir()
-        _check_template(settings.template, self._configured_names, empty)
+        _check_template(settings.template, tuple(self.metadatas) or ("default",), empty)
         asked: dict[str, t.Any] = {"message": message, "autogenerate": not empty}
         asked |= {"rev_id": rev_id, "depends_on": depend, "version_path": path}
         asked |= {"head": parent, "splice": splice, "branch_label": label, "sql": False}
@@ -1616,7 +1615,7 @@ def _place(extension: Alembic, branch: str, asked: dict[str, t.Any]) -> None:
     # The version table's column holds 32 characters.
     forms = dict.fromkeys(labels, r"[^\s@:+]+") | {new: r"\w[\w.]{0,31}"}
     for name, form in forms.items():
-        if name in taken or not re.fullmatch(form, name):
+        if name in taken or new in labels or not re.fullmatch(form, name):
             raise _command_error(f"'{name}' is taken, or can be no id or branch.")
     depends = [] if depend is None else [*_names(depend)]
     if not all(_scripts(script, each) for each in depends):
@@ -1635,7 +1634,8 @@ def _generate(scope: _Scope, script: ScriptDirectory, arguments: t.Any) -> list[
 
     extension, compares = scope.extension, arguments["autogenerate"]
     # The template asks for the names; a subclass may have made the configuration.
-    scope.config.set_main_option("databases", ", ".join(extension._configured_names))
+    names = ", ".join(extension.metadatas) or "default"
+    scope.config.set_main_option("databases", names)
     # The message starts a docstring, and never becomes code.
     text = arguments["message"].replace("\\", r"\\").replace('"', r"\"")
     text = "".join(x if x.isprintable() or x == "\n" else ascii(x)[1:-1] for x in text)
@@ -1935,7 +1935,7 @@ def _run_command(callback: t.Any, verbose: bool, **options: t.Any) -> None:
     except KeyboardInterrupt as error:
         _say("\n".join(["", *getattr(error, "__notes__", ())]))
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         line, frames = _line_of(error), traceback.walk_tb(error.__traceback__)
         if verbose or line is None:
             ours = [frame.f_globals is globals() for frame, _ in frames]

@@ -1777,6 +1777,9 @@ def test_flask_migrate_project_goes_on(
     assert columns == [("id",), ("name",)]
     assert "post" in table_names(f"{url}default.db")
 
+    with app.app_context():
+        dispose_engines(app.extensions["sqlalchemy"].engines.values())
+
 
 def test_own_folder_goes_before_one_beside(
     make_app: MakeApp, tmp_path: pathlib.Path
