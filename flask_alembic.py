@@ -271,7 +271,7 @@ class Alembic:
         with _writing(settings.script_location):
             for folder in (settings.script_location, *settings.locations):
                 os.makedirs(folder, exist_ok=True)
-            _place_template(settings.template, tuple(self.metadatas) or ("default",))
+            _place_template(settings.template, self.metadatas)
 
     def rev_id(self) -> str:
         """Make a revision's id: the time in seconds. Can be overridden or assigned."""
@@ -305,7 +305,7 @@ class Alembic:
         """
         script, settings = self.script_directory, self._get_cache().settings
         self.mkdir()
-        _check_template(settings.template, tuple(self.metadatas) or ("default",), empty)
+        _check_template(settings.template, self.metadatas or ["default"], empty)
         asked: dict[str, t.Any] = {"message": message, "autogenerate": not empty}
         asked |= {"rev_id": rev_id, "depends_on": depend, "version_path": path}
         asked |= {"head": parent, "splice": splice, "branch_label": label, "sql": False}
@@ -326,17 +326,14 @@ class Alembic:
     ) -> Script:
         """Write a revision that joins revisions, or the heads of named branches."""
         script, names = self.script_directory, _names(revisions)
-        labels, settings = (
-            {x for s in _known(script).values() for x in s.branch_labels},
-            self._get_cache().settings,
-        )
+        labels, locations = _labels(script), self._get_cache().settings.locations
         found = _scripts(script, [f"{n}@head" if n in labels else n for n in names])
         if len(found) < 2:
             raise _command_error(f"'{' '.join(names)}': a merge needs two revisions.")
         options: dict[str, t.Any] = {"splice": splice, "label": label}
         if rev_id is not None:  # it is new: an override in a subclass may not know it
             options["rev_id"] = rev_id
-        if (folder := os.path.dirname(found[0].path)) in settings.locations:
+        if (folder := os.path.dirname(found[0].path)) in locations:
             options["path"] = folder
         text = "merge" if message is None else message
         return self.revision(text, empty=True, parent=found, **options)[0]
@@ -406,12 +403,11 @@ class Alembic:
 
     def current(self, database: DatabaseNames = None) -> tuple[Script, ...]:
         """Get the revisions in the version tables; an unknown id is an error."""
-        found: dict[str, Script] = {}
-        for name, state in self.status(database).items():
-            known = {each.revision: each for each in state.current}
-            _refuse_unknown(self._scope(), name, [*known, *state.unknown])
-            found |= known
-        return tuple(found.values())
+        states = self.status(database)
+        for name, state in states.items():
+            rows = [*(each.revision for each in state.current), *state.unknown]
+            _refuse_unknown(self._scope(), name, rows)
+        return tuple(dict.fromkeys(x for s in states.values() for x in s.current))
 
     def heads(self, resolve_dependencies: bool = False) -> tuple[Script, ...]:
         """Get the revisions that no other follows, nor, if so asked, depends on."""
@@ -503,8 +499,7 @@ class Alembic:
         return self._call(work, **options)
 
     def _sql(self, job: _Job, **options: t.Unpack[RunOptions]) -> dict[str, str]:
-        live = job.start == "current"
-        return self._call(lambda scope: _run_offline(scope, job, live), **options)
+        return self._call(lambda scope: _run_offline(scope, job), **options)
 
 
 # -- State -----------------------------------------------------------------------------
@@ -883,9 +878,8 @@ def _refuse_transaction(name: str, driver_connection: t.Any) -> None:
     # With Python 3.12's 'autocommit=False', sqlite3 has one open at all times.
     always = getattr(driver_connection, "autocommit", True) is False
     if not always and _is_in_transaction(driver_connection):
-        raise FlaskAlembicError(
-            f"The application has a transaction open on database '{name}': end it."
-        )
+        text = f"The application has a transaction open on database '{name}': end it."
+        raise FlaskAlembicError(text)
 
 
 @contextlib.contextmanager
@@ -1012,6 +1006,10 @@ def _scripts(script: ScriptDirectory, target: RevisionTarget) -> list[Script]:
 def _known(script: ScriptDirectory) -> dict[str, Script]:
     """All revisions by id, parents first."""
     return {each.revision: each for each in reversed([*script.walk_revisions()])}
+
+
+def _labels(script: ScriptDirectory) -> set[str]:
+    return {label for s in _known(script).values() for label in s.branch_labels}
 
 
 def _below(script: ScriptDirectory, ids: cabc.Iterable[str]) -> set[str]:
@@ -1213,10 +1211,14 @@ class _Run:
 
     def _arguments(self, step: t.Any, fn: t.Any) -> dict[str, str] | None:
         """What to pass to a revision's function; ``None`` not to call it."""
-        functions, prefix = vars(step.revision.module), f"{fn.__name__}_"
+        functions = vars(step.revision.module)
+        prefix = "upgrade_" if step.is_upgrade else "downgrade_"
         sections = {x.removeprefix(prefix) for x in functions if x.startswith(prefix)}
         name, names = self.name, {*self.scope.base.targets}
-        if "engine_name" in inspect.signature(fn).parameters:
+        parameters = inspect.signature(fn).parameters
+        # What the file has tells it where a decorator has hidden the parameters.
+        is_hidden = any(x.kind is x.VAR_KEYWORD for x in parameters.values())
+        if "engine_name" in parameters or (is_hidden and sections & {*names, ""}):
             if name == "default" and "" in sections:  # as Flask-Migrate names it
                 name = ""
             if not sections or name in sections:
@@ -1227,9 +1229,8 @@ class _Run:
             return {}
         elif "default" in names:  # written before there was a second database
             return None
-        raise _command_error(
-            f"{self.title} has no function for database '{name}'. Was it renamed?"
-        )
+        text = f"{self.title} has no function for database '{name}'. Was it renamed?"
+        raise _command_error(text)
 
     def _applied(self, *, heads: cabc.Iterable[str], **_: t.Any) -> None:
         self.heads = {*heads}
@@ -1303,7 +1304,7 @@ def _turn(scope: _Scope) -> cabc.Generator[None]:
     if _running.get():
         raise FlaskAlembicError("A migration that runs cannot start another.")
     if not _process_lock("run").acquire(timeout=-1 if timeout is None else timeout):
-        raise MigrationLockTimeout("of this process", timeout or 0)
+        raise MigrationLockTimeout(", ".join(scope.targets), timeout or 0)
     token = _running.set(True)
     try:
         yield
@@ -1312,10 +1313,10 @@ def _turn(scope: _Scope) -> cabc.Generator[None]:
         _process_lock("run").release()
 
 
-def _run_offline(scope: _Scope, job: _Job, live: bool) -> dict[str, str]:
+def _run_offline(scope: _Scope, job: _Job) -> dict[str, str]:
     """Write the steps as SQL, from where the databases stand or from a given start."""
     script, result = scope.extension.script_directory, {}
-    rows = _rows(scope) if live else {}
+    rows = _rows(scope) if (live := job.start == "current") else {}
     start = () if live else tuple(s.revision for s in _scripts(script, job.start))
     if job.kind == "upgrade" and not live and not job.is_relative:
         target = [each.revision for each in _scripts(script, job.names)]
@@ -1479,9 +1480,8 @@ class _SqliteGuard:
         self._begin()
         was_free, self._was_free = self._was_free, False
         if was_free and self._run.heads != {*self._run.context.get_current_heads()}:
-            raise _OvertakenError(
-                f"Another process migrated '{self._run.name}' meanwhile: run it again."
-            )
+            text = f"Another process migrated '{self._run.name}' meanwhile: run again."
+            raise _OvertakenError(text)
 
     def _begin(self, _: t.Any = None) -> None:
         """Take the lock, where it is not ours yet."""
@@ -1562,7 +1562,7 @@ def _read(path: str) -> str:
     return ""
 
 
-def _place_template(template: str, names: _Ids) -> None:
+def _place_template(template: str, names: cabc.Collection[str]) -> None:
     """Copy the template that is needed, over nothing or Alembic's unchanged other."""
     spec: t.Any = importlib.util.find_spec("alembic")  # without importing it
     folder, several = f"{os.path.dirname(spec.origin)}/templates", len(names) > 1
@@ -1571,7 +1571,7 @@ def _place_template(template: str, names: _Ids) -> None:
         shutil.copyfile(multidb if several else generic, template)
 
 
-def _check_template(template: str, names: _Ids, empty: bool) -> None:
+def _check_template(template: str, names: cabc.Collection[str], empty: bool) -> None:
     """Refuse a template that would write a file without its operations."""
     text, several = _read(template), len(names) > 1
     # What Alembic's templates, and those that follow them, render operations by.
@@ -1591,8 +1591,7 @@ def _check_template(template: str, names: _Ids, empty: bool) -> None:
 def _place(extension: Alembic, branch: str, asked: dict[str, t.Any]) -> None:
     """Check what :meth:`Alembic.revision` was asked for, and say it as Alembic does."""
     script, settings = extension.script_directory, extension._get_cache().settings
-    known, folders = _known(script), dict(settings.branches)
-    named = {label for s in known.values() for label in s.branch_labels}
+    known, named, folders = _known(script), _labels(script), dict(settings.branches)
     labels, parents = _as_list(asked["branch_label"]), _names(asked["head"])
     if parents != ("head",):
         labels += [branch] if branch not in {*named, "default"} else []
@@ -1634,7 +1633,7 @@ def _generate(scope: _Scope, script: ScriptDirectory, arguments: t.Any) -> list[
 
     extension, compares = scope.extension, arguments["autogenerate"]
     # The template asks for the names; a subclass may have made the configuration.
-    names = ", ".join(extension.metadatas) or "default"
+    names = ", ".join(extension.metadatas or ["default"])
     scope.config.set_main_option("databases", names)
     # The message starts a docstring, and never becomes code.
     text = arguments["message"].replace("\\", r"\\").replace('"', r"\"")
@@ -1651,9 +1650,8 @@ def _generate(scope: _Scope, script: ScriptDirectory, arguments: t.Any) -> list[
                     _refuse_comparison(scope, name, context)
                 run(heads, context)
     made = revisions.generated_revisions
-    made[:] = [
-        s for s in made if not compares or any(x.ops for x in s.upgrade_ops_list)
-    ]
+    if compares:
+        made[:] = [s for s in made if any(x.ops for x in s.upgrade_ops_list)]
     # Of its post-write hooks, Alembic tells on stdout.
     with _writing(arguments["version_path"]), contextlib.redirect_stdout(sys.stderr):
         return [each for each in revisions.generate_scripts() if each is not None]
@@ -1673,9 +1671,8 @@ def _refuse_comparison(scope: _Scope, name: str, context: MigrationContext) -> N
     from alembic.autogenerate.api import AutogenContext
 
     if steps := _Job(scope.extension, "upgrade")(context.get_current_heads(), context):
-        raise _command_error(
-            f"Database '{name}' is {_count(steps)} behind: run 'flask db upgrade'."
-        )
+        text = f"Database '{name}' is {_count(steps)} behind: run 'flask db upgrade'."
+        raise _command_error(text)
     compared: t.Any = AutogenContext(context)
     found, where = compared.inspector.get_table_names(), {"schema_name": None}
     tables = [x for x in found if compared.run_name_filters(x, "table", where)]
@@ -1752,8 +1749,10 @@ def _is_default_changed(context: t.Any, found: t.Any, wanted: t.Any) -> bool | N
     if dialect.paramstyle in ("format", "pyformat"):
         text = text.replace("%%", "%")
     old, new = (_normal(each, wanted.type) for each in (both[0].arg.text, text))
-    # Two literals that differ are a change; PostgreSQL is asked of it in vain.
-    is_certain = old == new or old[0] == new[0] == "literal"
+    # Literals that differ are a change, but for types that PostgreSQL writes anew.
+    kinds = ("ARRAY", "BYTEA", "CIDR", "INET", "INTERVAL", "JSONB", "MACADDR", "UUID")
+    is_own = found.type.__visit_name__ in kinds and "'" not in old[1] + new[1]
+    is_certain = old == new or (old[0] == new[0] == "literal" and not is_own)
     return old != new if is_certain else None
 
 
@@ -1930,12 +1929,13 @@ def _run_command(callback: t.Any, verbose: bool, **options: t.Any) -> None:
             commands = _Commands(alembic, verbose, states)
             for each in callback(commands, **given) or ():
                 click.echo(each if isinstance(each, str) else commands.line_of(each))
-    except (click.ClickException, click.exceptions.Exit, BrokenPipeError):
-        raise
     except KeyboardInterrupt as error:
         _say("\n".join(["", *getattr(error, "__notes__", ())]))
         raise
     except (Exception, SystemExit) as error:
+        clicks = (click.ClickException, click.exceptions.Exit, BrokenPipeError)
+        if isinstance(error, clicks) and not hasattr(error, "__notes__"):
+            raise  # else a revision raised it
         line, frames = _line_of(error), traceback.walk_tb(error.__traceback__)
         if verbose or line is None:
             ours = [frame.f_globals is globals() for frame, _ in frames]

@@ -518,6 +518,9 @@ def test_revision_that_would_break_the_history_is_refused(lab: Lab, name: str) -
         with pytest.raises(CommandError):
             lab.alembic.revision("x", empty=True, **{name: value})  # type: ignore[arg-type]
 
+    with pytest.raises(CommandError, match="'mine'"):
+        lab.alembic.revision("x", empty=True, rev_id="mine", label="mine")
+
     assert ids(lab.alembic.heads()) == ["aa"]
     assert files(lab.app) == {"aa.py"}
 
@@ -992,6 +995,47 @@ def test_one_database_of_several(app: Flask, make_database: MakeDatabase) -> Non
     assert [table_names(url) for url in urls.values()] == [{"alembic_version"}] * 2
 
 
+#: A decorator without ``functools.wraps``, as real revisions have them.
+HIDING: t.Final = """
+MADE = "CREATE TABLE t (id INTEGER)"
+
+def logged(fn):
+    return lambda *args, **kwargs: fn(*args, **kwargs)
+
+def upgrade_data():
+    op.execute(MADE)
+"""
+
+
+@pytest.mark.parametrize(
+    ("names", "functions"),
+    [
+        (["default"], "@logged\ndef upgrade(): upgrade_data()"),
+        (
+            ["default", "audit"],
+            "def upgrade_default(): op.execute(MADE)\n"
+            "def upgrade_audit(): op.execute(MADE)\n"
+            "@logged\n"
+            "def upgrade(engine_name): globals()[f'upgrade_{engine_name}']()",
+        ),
+    ],
+    ids=["one", "several"],
+)
+def test_decorator_that_hides_the_parameters(
+    app: Flask, make_database: MakeDatabase, names: list[str], functions: str
+) -> None:
+    """What the file has tells whether a function is for several databases."""
+    write_revision(history_of(app), "aa", functions=f"{HIDING}\n{functions}")
+    urls = {name: make_database("sqlite") for name in names}
+    alembic = build_plain(app, urls, {name: sa.MetaData() for name in urls})
+
+    with app.app_context():
+        alembic.upgrade()
+
+    for url in urls.values():
+        assert table_names(url) == {"alembic_version", "t"}
+
+
 @pytest.mark.parametrize(
     ("file", "source", "named"),
     [
@@ -1428,11 +1472,19 @@ def pair_models() -> dict[str, sa.MetaData]:
     return {k: add_table(sa.MetaData(), name).metadata for k, name in tables.items()}
 
 
-def test_second_database_comes_later(make_app: MakeApp, pair_urls: Urls) -> None:
+@pytest.mark.parametrize("way", ["constructor", "attributes"])
+def test_second_database_comes_later(
+    make_app: MakeApp, pair_urls: Urls, way: str
+) -> None:
     """The stock template is replaced; what was written before is for ``default``."""
     for count in (1, 2):
         app, models = make_app(), dict([*pair_models().items()][:count])
         extension = build_plain(app, {n: pair_urls[n] for n in models}, models)
+
+        if way == "attributes":  # all come later
+            built, extension = extension, Alembic(app)
+            extension.metadatas |= built.metadatas
+            extension.engines |= built.engines
 
         with app.app_context():
             extension.upgrade()
@@ -2629,7 +2681,9 @@ def test_server_timeouts(
 ) -> None:
     """PostgreSQL: of each transaction. Otherwise the session gets its own ones back."""
     config = {"lock_timeout": 2, "statement_timeout": 4.5}
-    rig = make_rig(f"{make_database(kind)}?{own}", **config)
+    rig = make_rig(
+        str(sa.make_url(make_database(kind)).update_query_string(own)), **config
+    )
     values: list[str] = []
 
     def note(connection: sa.Connection) -> None:
@@ -2852,13 +2906,15 @@ def test_revision_is_refused(rig: Rig, upgrade: str, words: str) -> None:
     assert rig.versions == {"aa"}
 
 
-@pytest.mark.parametrize("command", ["upgrade", "check"])
-def test_file_that_exits_at_import_is_an_error(lite: Rig, command: str) -> None:
-    """A deployment must not end with success, though nothing has run."""
-    write_revision(lite.folder, "aa", functions="raise SystemExit(0)")
-    result = lite.command(command)
+@pytest.mark.parametrize(
+    "error", ["SystemExit(0)", "BrokenPipeError", "click.UsageError('x')"]
+)
+def test_whatever_a_revision_raises_is_told(lite: Rig, error: str) -> None:
+    """Also what would end a command in silence, or as if it had done its work."""
+    lite.write("aa", None, f"import click\n{GUARD_MADE}\nraise {error}")
+    result = lite.command("upgrade")
     assert (result.exit_code, result.stdout) == (1, "")
-    assert re.fullmatch(r"Error: .*aa\.py.*\n", result.stderr)
+    assert re.search(r"Traceback[\s\S]*in upgrade[\s\S]*Revision 'aa'", result.stderr)
     assert lite.tables == NONE
 
 
@@ -3708,6 +3764,14 @@ DISTINCT: t.Final[list[tuple[t.Any, ...]]] = [
     (sa.Enum("a", "b", "c'c", name="letters"), "a", "b", "c'c", None),
     (sa.JSON, "{}", '{"a": 1}', '{"a": 2}', None),
 ]
+DISTINCT_ON: t.Final[dict[str, list[tuple[t.Any, ...]]]] = {
+    "postgresql": [
+        (postgresql.JSONB, '{"a": 1}', '{"a": 2}', "{}", '{"a": "it\'s"}', None),
+        (postgresql.ARRAY(sa.Integer), "{1,2}", "{12}", "{}"),
+        (postgresql.INTERVAL, "1 day", "1 hour"),
+        (sa.Uuid, "a" * 32, "b" * 32),
+    ]
+}
 #: A type and defaults that are the same, however they are written.
 SAME: t.Final[list[tuple[t.Any, ...]]] = [
     (sa.Integer, "7", sa.text("7")),
@@ -3724,7 +3788,11 @@ SAME_ON: t.Final[dict[str, list[tuple[t.Any, ...]]]] = {
         (sa.Numeric(10, 2), "1.5", sa.text("1.5::numeric"), sa.text("'1.5'::numeric")),
         (postgresql.JSONB, "{}", sa.text("'{}'::jsonb")),
         (postgresql.ARRAY(sa.Integer), "{1,2}", sa.text("'{1,2}'::integer[]")),
-        (postgresql.INTERVAL, "1 day", sa.text("'1 day'::interval")),
+        (postgresql.INTERVAL, "24 hours", sa.text("'24:00'::interval"), "24:00:00"),
+        (postgresql.JSONB, '{"b":1,"a":2}', '{"a": 2, "b": 1}'),
+        (postgresql.INET, "127.0.0.1/32", "127.0.0.1"),
+        (sa.Uuid, "A" * 32, "a" * 32),
+        (sa.LargeBinary, "A", "\\x41"),
         (sa.DateTime, sa.text("timezone('utc', now())")),
     ],
     "mariadb": [
@@ -3738,7 +3806,9 @@ SAME_ON: t.Final[dict[str, list[tuple[t.Any, ...]]]] = {
 def test_server_defaults(make_rig: MakeRig, url: str, metadata: sa.MetaData) -> None:
     """No change where there is none, and none is missed; Computed is left alone."""
     rig = make_rig(url, metadata=metadata)
-    groups = [(False, SAME + SAME_ON[kind_of(url)]), (True, DISTINCT)]
+    kind = kind_of(url)
+    differing = DISTINCT + DISTINCT_ON.get(kind, [])
+    groups = [(False, SAME + SAME_ON[kind]), (True, differing)]
 
     def define(shift: int) -> dict[str, tuple[t.Any, ...]]:
         """Give each column another default of its row."""
@@ -4035,11 +4105,6 @@ class LoadsOtherFolder(Alembic):
         return ScriptDirectory(locations[0], version_locations=locations)
 
 
-def write_rows(url: str, *rows: str) -> None:
-    execute(url, "CREATE TABLE alembic_version (version_num VARCHAR(32) NOT NULL)")
-    execute(url, *(f"INSERT INTO alembic_version VALUES ('{row}')" for row in rows))
-
-
 @pytest.mark.parametrize(
     ("extension", "option", "folder"),
     [
@@ -4057,7 +4122,7 @@ def test_quick_look_leaves_other_places_to_alembic(
     app.config["ALEMBIC"] = {option: True} if option else {}
     write_revision(root / "migrations", "aaa")
     file = write_revision(root / folder, "bbb", "aaa")
-    write_rows(url, "aaa")
+    set_rows(url, "aaa")
 
     if option == "sourceless":
         py_compile.compile(str(file), str(file.with_suffix(".pyc")))
@@ -4101,7 +4166,7 @@ def test_nothing_to_do_imports_nothing(tmp_path: pathlib.Path) -> None:
     site, url = write_site(tmp_path / "site"), f"sqlite:///{tmp_path}/app.db"
     write_revision(site / "migrations", "aaa")
     write_revision(site / "migrations", "bbb", "aaa")
-    write_rows(url, "bbb")
+    set_rows(url, "bbb")
     run = run_python(site, "-c", WATCHED_COMMAND, URL=url)
     seen = ["query", "file", "file"] * 2
     assert json.loads(run.stdout) == [0, False, seen, []], run.stderr
@@ -4171,8 +4236,8 @@ def two_stores(app: Flask) -> Flask:
     write_revision(history_of(app), "aaa", functions=functions)
     write_revision(history_of(app), "bbb", "aaa", functions=functions)
     urls = {"default": sqlite_file(app), "audit": f"{sqlite_file(app)}.2"}
-    write_rows(urls["default"], "aaa")
-    write_rows(urls["audit"], "bbb")
+    set_rows(urls["default"], "aaa")
+    set_rows(urls["audit"], "bbb")
     build_plain(app, urls, {name: sa.MetaData() for name in urls})
     return app
 
@@ -4286,7 +4351,7 @@ WRONG_USAGE: t.Final = [
 @pytest.mark.parametrize("line", [*TYPED_MISTAKES, *WRONG_USAGE])
 def test_typed_mistake_is_one_line(store: Flask, line: str) -> None:
     """It repeats the last word, exits with 1 or 2, and nothing is done."""
-    write_rows(sqlite_file(store), "x1")
+    set_rows(sqlite_file(store), "x1")
     before, word = files(store), line.split()[-1].partition(":")[0][:20]
     result = invoke_db(store, *shlex.split(line))
 
@@ -4356,7 +4421,7 @@ def test_x_and_tag_reach_revisions(store: Flask) -> None:
     ],
 )
 def test_sql_is_all_that_is_printed(store: Flask, line: str, ran: list[str]) -> None:
-    write_rows(sqlite_file(store), "x2")
+    set_rows(sqlite_file(store), "x2")
     result = invoke_db(store, *line.split())
     assert (result.exit_code, result.stderr) == (0, "")
     verb = line.split()[0]
