@@ -459,6 +459,53 @@ def test_models_to_tables_and_back(
     assert versions(url) == set()
 
 
+CONVENTION: t.Final = {
+    "ix": "ix_%(column_0_label)s",
+    "uq": "uq_%(table_name)s_%(column_0_name)s",
+    "ck": "ck_%(table_name)s_%(constraint_name)s",
+    "fk": "fk_%(table_name)s_%(column_0_name)s_%(referred_table_name)s",
+    "pk": "pk_%(table_name)s",
+}
+
+
+@pytest.mark.parametrize("way", ["online", "script"])
+def test_naming_convention_names_what_revisions_make(
+    app: Flask, alembic: Builder, url: str, way: str
+) -> None:
+    """Alembic takes it from the target metadata, and revisions may read it there."""
+    metadata = sa.MetaData(naming_convention=CONVENTION)
+    extension = alembic(app, {"default": url}, {"default": metadata})
+    body = """
+        assert context.get_context().opts["target_metadata"].naming_convention["pk"]
+        op.create_table(
+            "t",
+            sa.Column("id", sa.Integer),
+            sa.Column("up", sa.Integer),
+            sa.PrimaryKeyConstraint("id"),
+            sa.UniqueConstraint("up"),
+            sa.ForeignKeyConstraint(["up"], ["t.id"]),
+            sa.CheckConstraint("up > 0", name="positive"),
+        )
+    """
+    write_revision(pathlib.Path(app.root_path, "migrations"), "aa", None, body)
+
+    with app.app_context():
+        if way == "online":
+            extension.upgrade()
+        else:
+            feed(url, extension.upgrade_sql()["default"])
+
+    with sa.create_engine(url, poolclass=sa.NullPool).connect() as connection:
+        inspector = sa.inspect(connection)
+        found = [inspector.get_pk_constraint("t")["name"]]
+        found += [each["name"] for each in inspector.get_unique_constraints("t")]
+        found += [each["name"] for each in inspector.get_foreign_keys("t")]
+        found += [each["name"] for each in inspector.get_check_constraints("t")]
+
+    key = "pk_t" if kind_of(url) != "mariadb" else None  # which names none
+    assert found == [key, "uq_t_up", "fk_t_up_t", "ck_t_positive"]
+
+
 def test_objects_of_alembic(app: Flask) -> None:
     """They need an application context, are Alembic's own, and have short names."""
     extension = build_sqlite(app)
@@ -3651,13 +3698,7 @@ def test_module_of_a_users_type_is_imported(
 
 
 def test_naming_convention_is_written_out(modelled: Rig, metadata: sa.MetaData) -> None:
-    metadata.naming_convention = {
-        "ix": "ix_%(column_0_label)s",
-        "uq": "uq_%(table_name)s_%(column_0_name)s",
-        "ck": "ck_%(table_name)s_%(constraint_name)s",
-        "fk": "fk_%(table_name)s_%(column_0_name)s_%(referred_table_name)s",
-        "pk": "pk_%(table_name)s",
-    }
+    metadata.naming_convention = CONVENTION
     add_model(
         metadata,
         sa.Column("a", sa.Integer, sa.ForeignKey("t.id"), unique=True),
