@@ -514,6 +514,12 @@ def test_objects_of_alembic(app: Flask) -> None:
         with pytest.raises(RuntimeError, match="application context"):
             getattr(extension, name)()
 
+    with (
+        Flask("other").app_context(),
+        pytest.raises(FlaskAlembicError, match="init_app"),
+    ):
+        extension.heads()
+
     with app.app_context():
         assert app.extensions["alembic"] is extension
         assert isinstance(extension.config, Config)
@@ -1083,6 +1089,44 @@ def test_decorator_that_hides_the_parameters(
         assert table_names(url) == {"alembic_version", "t"}
 
 
+def test_databases_that_are_added_or_renamed(
+    make_app: MakeApp, tmp_path: pathlib.Path
+) -> None:
+    """A revision is not run for one that came later; a lost one is not skipped."""
+    functions = """
+        def upgrade(engine_name): globals()[f"upgrade_{engine_name}"]()
+        def upgrade_one(): op.create_table("of_one", sa.Column("id", sa.Integer))
+        def upgrade_two(): op.create_table("of_two", sa.Column("id", sa.Integer))
+    """
+    urls = {x: f"sqlite:///{tmp_path}/{x}.db" for x in ("one", "two", "new", "a-b")}
+
+    def build(*names: str) -> tuple[Flask, Alembic]:
+        app, extension, folder = make_pair(make_app, **{x: urls[x] for x in names})
+        write_revision(folder, "aa", functions=functions)
+        return app, extension
+
+    app, extension = build("one", "new")
+
+    with app.app_context(), pytest.raises(CommandError, match=r"'aa'.*'new'.*renamed"):
+        extension.upgrade()
+
+    app, extension = build("one", "two", "new", "a-b")
+
+    with app.app_context():
+        assert ids(extension.upgrade()) == ["aa"]
+
+        for ask in (lambda: extension.op, lambda: extension.migration_context):
+            with pytest.raises(FlaskAlembicError, match=r"'default'.*'a-b', 'new'"):
+                ask()
+
+        with pytest.raises(FlaskAlembicError, match="'a-b'"):
+            extension.revision("x", empty=True)
+
+    for name, url in urls.items():
+        made = {f"of_{name}"} if name in ("one", "two") else set()
+        assert table_names(url) == {"alembic_version", *made}
+
+
 @pytest.mark.parametrize(
     ("file", "source", "named"),
     [
@@ -1316,6 +1360,7 @@ def test_values(app: Flask, percent: str) -> None:
         "folder": pathlib.Path("a/b"),
         "mixed": f"50% %(there)s {percent}",
         "prepend_sys_path": ["one", "two"],
+        "list": ["a", 5],
         "sqlalchemy.pool_timeout": "5",
         "section": {"colour": f"100{percent}", "number": 7},
     }
@@ -1333,6 +1378,7 @@ def test_values(app: Flask, percent: str) -> None:
     assert passed.keys().isdisjoint(own)
     assert (passed["file_template"], passed["folder"]) == (file_template, "a/b")
     assert (passed["mixed"], passed["sourceless"]) == ("50% %(there)s %", "false")
+    assert passed["list"] == "a, 5"
     assert passed["sqlalchemy.pool_timeout"] == "5"
     assert re.fullmatch(r"\d{4}_aa_long_?\.py", pathlib.Path(script.path).name)
 
@@ -1368,6 +1414,19 @@ def test_locations(
         assert pathlib.Path(far.path).parent == root / "far"
 
 
+def test_path_with_a_separator_in_it(make_app: MakeApp, tmp_path: pathlib.Path) -> None:
+    """Alembic would look for two halves of it."""
+    app = make_app(tmp_path / "one:two")
+    app.config["ALEMBIC"] = {"version_locations": ["more"]}
+    extension = build_sqlite(app)
+    write_revision(tmp_path / "one:two" / "more", "aa")
+
+    with app.app_context():
+        [script] = extension.revision("x", empty=True)
+        assert script.down_revision == "aa"
+        assert ids(extension.upgrade()) == ["aa", script.revision]
+
+
 @pytest.mark.parametrize("place", ["/dev/null/migrations", "/proc/migrations", "file"])
 def test_folder_that_cannot_be_made(app: Flask, place: str) -> None:
     """The application starts; what would write says what is wrong."""
@@ -1385,6 +1444,7 @@ def test_folder_that_cannot_be_made(app: Flask, place: str) -> None:
         ("ALEMBIC_CONTEXT", "text"),
         ("ALEMBIC", {"colour": object()}),
         ("ALEMBIC", {"script_location": 5}),
+        ("ALEMBIC", {"script_location": "no.such:folder"}),
         ("ALEMBIC", {"version_locations": [5]}),
         ("ALEMBIC", {"version_locations": [("a", "b", "c")]}),
         ("ALEMBIC", {"migration_lock": "no"}),
@@ -2435,6 +2495,7 @@ CHANGE: t.Final = """
     1 / 0
 """
 PER_RUN: t.Final = {"transaction_per_migration": False}
+AS_ALEMBIC: t.Final = {"transactional_ddl": False}
 PER_REVISION: t.Final = {"transaction_per_migration": True}
 
 
@@ -2443,6 +2504,7 @@ PER_REVISION: t.Final = {"transaction_per_migration": True}
     [
         on("sqlite", {}, CHANGE, {"first"}),
         on("sqlite", PER_RUN, CHANGE, NONE, name="one-transaction"),
+        on("sqlite", AS_ALEMBIC, CHANGE, {"first"}, name="as-alembic"),
         on("sqlite", {}, f"{LOAD}1 / 0", {"first", "early"}, name="script"),
         on("sqlite", {}, f"{LOAD}op.execute('oops')", {"first", "early"}, name="oops"),
         on("sqlite", {}, f"{COMMIT}1 / 0", {"first", "early"}, name="commit"),
@@ -2476,15 +2538,16 @@ def test_note_of_a_failure_is_true(
     assert "bb.py" in notes
     assert (rig.tables, rig.versions) == (left, {"aa"} if left else NONE)
     assert ("'aa'" if left else "base") in notes
-    row = [(1, None)] if kind == "mariadb" else [(1,)]
+    keeps_ddl = kind == "mariadb" or context == AS_ALEMBIC
+    row = [(1, None)] if keeps_ddl else [(1,)]
     assert not left or query(rig.url, "SELECT * FROM first") == row
 
-    is_kept = kind == "mariadb" or "early" in left
+    is_kept = keeps_ddl or "early" in left
     kept = r"\b(stay|kept|keep|remain|committed)"
     assert re.search(kept if is_kept else "rolled back", notes)
     # Only where something of the revision stays there is something to do by hand.
     assert ("stamp" in notes) == is_kept
-    assert kind != "mariadb" or re.search(r"\brows\b.*(rolled back|do not)", notes)
+    assert not keeps_ddl or re.search(r"\brows\b.*(rolled back|do not)", notes)
     rig.write("bb", "aa")
     assert rig.upgrade() == (["bb"] if left else ["aa", "bb"])
 
