@@ -538,11 +538,13 @@ def test_objects_of_alembic(app: Flask) -> None:
         assert sa.inspect(extension.op.get_bind()).get_table_names() == ["people"]
 
 
-def test_mkdir(app: Flask) -> None:
+def test_mkdir(app: Flask, make_engine: MakeEngine) -> None:
     """It is done by ``init_app`` unless told not to, and keeps what is there."""
     template = pathlib.Path(app.root_path, "migrations", "script.py.mako")
-    extension = Alembic(app, run_mkdir=False, metadatas=sa.MetaData(), engines={})
+    engine = make_engine(sqlite_file(app))
+    extension = Alembic(app, run_mkdir=False, metadatas=sa.MetaData(), engines=engine)
     assert not template.parent.exists()
+    assert "flask db mkdir" in error_line(app, "upgrade")
 
     with app.app_context():
         extension.mkdir()
@@ -755,6 +757,14 @@ def test_relative_downgrade_from_several_branches_is_refused(
     assert ids(branches.alembic.downgrade("one@-1")) == ["a2"]
     assert ids(branches.alembic.downgrade("two@-1")) == ["b1"]
     assert ids(branches.alembic.downgrade(target)) == ["a1"]
+    # Two heads with one label are named by their ids.
+    write_revision(branches.folder, "a4", "a1")
+    branches.alembic.stamp(["a2", "a4"], purge=True)
+
+    with pytest.raises(CommandError, match=r"(?s)a2@-.*a4@-"):
+        branches.alembic.downgrade(target)
+
+    assert ids(branches.alembic.downgrade("a4@-1")) == ["a4"]
 
 
 HEADS: t.Final = ["a2", "b1", "mm", "x1"]
@@ -1111,6 +1121,13 @@ def test_databases_that_are_added_or_renamed(
         extension.upgrade()
 
     app, extension = build("one", "two", "new", "a-b")
+    folder = history_of(app)
+    single = write_revision(folder, "bb", "aa", GUARD_MADE)
+
+    with app.app_context(), pytest.raises(CommandError, match=r"'bb'.*'one'"):
+        extension.upgrade()  # of which database is it?
+
+    single.unlink()
 
     with app.app_context():
         assert ids(extension.upgrade()) == ["aa"]
@@ -2494,6 +2511,11 @@ CHANGE: t.Final = """
     op.execute("UPDATE first SET b = a * 10")
     1 / 0
 """
+#: A statement that fails and, as one that finds the disk full, rolls back by itself.
+UNDO: t.Final = """
+    op.execute("CREATE UNIQUE INDEX u ON first (a)")
+    op.execute("INSERT OR ROLLBACK INTO first VALUES (1)")
+"""
 PER_RUN: t.Final = {"transaction_per_migration": False}
 AS_ALEMBIC: t.Final = {"transactional_ddl": False}
 PER_REVISION: t.Final = {"transaction_per_migration": True}
@@ -2505,6 +2527,7 @@ PER_REVISION: t.Final = {"transaction_per_migration": True}
         on("sqlite", {}, CHANGE, {"first"}),
         on("sqlite", PER_RUN, CHANGE, NONE, name="one-transaction"),
         on("sqlite", AS_ALEMBIC, CHANGE, {"first"}, name="as-alembic"),
+        on("sqlite", {}, UNDO, {"first"}, name="undoes"),
         on("sqlite", {}, f"{LOAD}1 / 0", {"first", "early"}, name="script"),
         on("sqlite", {}, f"{LOAD}op.execute('oops')", {"first", "early"}, name="oops"),
         on("sqlite", {}, f"{COMMIT}1 / 0", {"first", "early"}, name="commit"),
@@ -2534,7 +2557,7 @@ def test_note_of_a_failure_is_true(
 
     notes = all_notes(caught.value)
     assert notes.startswith("Revision 'bb' ")
-    assert "'default'" in notes
+    assert "'default'" in notes and "SQL" not in notes
     assert "bb.py" in notes
     assert (rig.tables, rig.versions) == (left, {"aa"} if left else NONE)
     assert ("'aa'" if left else "base") in notes
@@ -3026,6 +3049,15 @@ def test_whatever_a_revision_raises_is_told(lite: Rig, error: str) -> None:
     assert (result.exit_code, result.stdout) == (1, "")
     assert re.search(r"Traceback[\s\S]*in upgrade[\s\S]*Revision 'aa'", result.stderr)
     assert lite.tables == NONE
+
+
+def test_error_that_is_not_the_users_keeps_its_traceback(lite: Rig) -> None:
+    """It is a bug in the application's code, or in ours."""
+    lite.app.config["ALEMBIC_CONTEXT"] = {"include_name": lambda *_: 1 / 0}
+    execute(lite.url, "CREATE TABLE t (id INTEGER)")
+    result = lite.command("check")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert re.search(r"Traceback[\s\S]*ZeroDivisionError", result.stderr)
 
 
 @pytest.mark.parametrize(
