@@ -1523,7 +1523,6 @@ class _SqliteGuard:
         now = self._count_orphans()
         renamed = sum(before[table] for table in before.keys() - now.keys())
         if (added := now - before).total() > renamed:
-            self._driver.rollback()  # SQLAlchemy has given up its transaction already
             raise FlaskAlembicError(
                 f"A commit would orphan rows of {_quoted(added)} in '{self._run.name}'."
             )

@@ -600,7 +600,7 @@ def test_merge(app: Flask) -> None:
         assert set(shops.down_revision or ()) == {"tt", "uu"}
         assert shops.branch_labels >= {"l"}
         assert pathlib.Path(shops.path).parent == shop
-        named = extension.merge(["shop@head", "aa"], splice=True, rev_id="m2")
+        named = extension.merge(["shop", "aa"], splice=True, rev_id="m2")
         assert set(named.down_revision or ()) == {"m1", "aa"}
         assert set(extension.merge(rev_id="m3").down_revision or ()) == {"bb", "m2"}
         assert ids(extension.heads()) == ["m3"]
@@ -2383,6 +2383,19 @@ def test_lock_timeout_is_kept_at_a_locked_sqlite_file(
             assert re.fullmatch(r"Error: .*\block(ed)?\b.*\n", result.stderr), command
 
     assert rig.upgrade() == ["bb"]
+
+
+def test_file_that_is_read_only_is_not_waited_for(
+    make_rig: MakeRig, lite: Rig, make_engine: MakeEngine
+) -> None:
+    lite.write("aa")
+    lite.upgrade()
+    lite.write("bb", "aa")
+    url = lite.url.replace(":///", ":///file:") + "?mode=ro&uri=true"
+    rig = make_rig(url, engine=make_engine(url), migration_lock_timeout=60)
+
+    with pytest.raises(OperationalError, match="readonly"):
+        rig.upgrade()
 
 
 def test_wait_for_threads_is_bounded_and_forks_are_free(make_rig: MakeRig) -> None:
