@@ -900,24 +900,25 @@ def _reading(connection: t.Any, waits: bool = True) -> cabc.Generator[None]:
 
 
 def _in_loop(fn: cabc.Callable[[], _R]) -> _R:
-    """Call a function where an async driver can be awaited: in a loop and a thread."""
+    """Call a function where an async driver can be awaited."""
     import asyncio
     from concurrent.futures import ThreadPoolExecutor
+    from contextvars import copy_context
 
     if concurrency.in_greenlet():
         return fn()
-    loop = asyncio.new_event_loop()
-    with contextlib.closing(loop), ThreadPoolExecutor(1) as executor:
-        task = loop.create_task(concurrency.greenlet_spawn(fn))
-        future = executor.submit(loop.run_until_complete, task)
-        try:
-            return future.result()
-        except KeyboardInterrupt as error:
-            if not future.done():  # else a revision raised it
-                loop.call_soon_threadsafe(task.cancel)
-                for note in getattr(future.exception(), "__notes__", ()):
-                    error.add_note(note)  # what a migration says when it rolls back
-            raise
+    is_running = False
+    with contextlib.suppress(RuntimeError):
+        is_running = asyncio.get_running_loop().is_running()
+
+    def run() -> _R:
+        with asyncio.Runner(loop_factory=asyncio.new_event_loop) as runner:
+            return runner.run(concurrency.greenlet_spawn(fn))
+
+    if not is_running:
+        return run()  # here, since not all that a revision imports bears a thread
+    with ThreadPoolExecutor(1) as executor:
+        return executor.submit(copy_context().run, run).result()
 
 
 def _signature(script: ScriptDirectory) -> t.Any:
@@ -1211,19 +1212,18 @@ class _Run:
 
     def _arguments(self, step: t.Any, fn: t.Any) -> dict[str, str] | None:
         """What to pass to a revision's function; ``None`` not to call it."""
-        functions = vars(step.revision.module)
+        module, parameters = step.revision.module, inspect.signature(fn).parameters
         prefix = "upgrade_" if step.is_upgrade else "downgrade_"
-        sections = {x.removeprefix(prefix) for x in functions if x.startswith(prefix)}
+        found = {x.removeprefix(prefix) for x in vars(module) if x.startswith(prefix)}
         name, names = self.name, {*self.scope.base.targets}
-        parameters = inspect.signature(fn).parameters
         # What the file has tells it where a decorator has hidden the parameters.
         is_hidden = any(x.kind is x.VAR_KEYWORD for x in parameters.values())
-        if "engine_name" in parameters or (is_hidden and sections & {*names, ""}):
-            if name == "default" and "" in sections:  # as Flask-Migrate names it
+        if "engine_name" in parameters or (is_hidden and found & {*names, ""}):
+            if name == "default" and "" in found:  # as Flask-Migrate names it
                 name = ""
-            if not sections or name in sections:
+            if not found or name in found:
                 return {"engine_name": name}
-            if sections - {""} <= names:  # written before this database existed
+            if found - {""} <= names:  # written before this database existed
                 return None
         elif len(names) == 1 or name == "default":
             return {}
@@ -1523,9 +1523,8 @@ class _SqliteGuard:
         now = self._count_orphans()
         renamed = sum(before[table] for table in before.keys() - now.keys())
         if (added := now - before).total() > renamed:
-            raise FlaskAlembicError(
-                f"A commit would orphan rows of {_quoted(added)} in '{self._run.name}'."
-            )
+            text = f"Refused to orphan rows of {_quoted(added)} in '{self._run.name}'."
+            raise FlaskAlembicError(text)
 
     def _pragma(self, text: str) -> t.Any:
         self._cursor.execute(f"PRAGMA {text}")
@@ -1929,7 +1928,9 @@ def _run_command(callback: t.Any, verbose: bool, **options: t.Any) -> None:
             for each in callback(commands, **given) or ():
                 click.echo(each if isinstance(each, str) else commands.line_of(each))
     except KeyboardInterrupt as error:
-        _say("\n".join(["", *getattr(error, "__notes__", ())]))
+        # That of an event loop stands for a cancellation, which has the notes.
+        told = error if hasattr(error, "__notes__") else error.__context__
+        _say("\n".join(["", *getattr(told, "__notes__", ())]))
         raise
     except (Exception, SystemExit) as error:
         clicks = (click.ClickException, click.exceptions.Exit, BrokenPipeError)

@@ -829,6 +829,7 @@ def test_reading(lab: Lab) -> None:
     assert ids(lab.alembic.branches()) == ["aa"]
     assert sorted(ids(lab.alembic.log())) == ["aa", "bb", "cc"]
     assert ids(lab.alembic.log("aa", "bb")) == ["bb", "aa"]
+    assert lab.alembic.log(end="current") == []
     set_rows(lab.url, "aa", "gone")
     status = lab.alembic.status()["default"]
     assert (ids(status.current), [*status.unknown]) == (["aa"], ["gone"])
@@ -1390,6 +1391,9 @@ def test_values(app: Flask, percent: str) -> None:
         assert extension.config.get_prepend_sys_paths_list() == ["one", "two"]
         section = extension.config.get_section("section") or {}
         [script] = extension.revision("longer than four", empty=True, rev_id="aa")
+        app.config["ALEMBIC"]["folder"] = "c"
+        extension._get_cache().clear()
+        assert extension.config.get_main_option("folder") == "c"
 
     assert section.items() >= {"colour": "100%", "number": "7"}.items()
     assert passed.keys().isdisjoint(own)
@@ -1426,9 +1430,11 @@ def test_locations(
     with app.app_context():
         [near] = extension.revision("x", empty=True)
         [far] = extension.revision("y", empty=True, branch="far")
+        [by_name] = extension.revision("z", empty=True, path="far")
         assert (near.down_revision, far.down_revision) == ("nn", "ff")
         assert pathlib.Path(near.path).parent == root / "deep/er"
         assert pathlib.Path(far.path).parent == root / "far"
+        assert pathlib.Path(by_name.path).parent == root / "far"
 
 
 def test_path_with_a_separator_in_it(make_app: MakeApp, tmp_path: pathlib.Path) -> None:
@@ -3532,9 +3538,11 @@ def test_run_sync_is_the_door_to_the_low_level_objects(async_rig: Rig) -> None:
     assert async_rig.tables == {"first", "second"}
 
 
-def test_run_sync_of_a_sync_engine_is_a_call(lite: Rig) -> None:
-    with lite.app.app_context():
-        assert lite.alembic.run_sync(threading.get_ident) == threading.get_ident()
+def test_work_is_done_in_this_thread(make_async_rig: MakeRig, lite: Rig) -> None:
+    """Not all that revisions import can stand another: a thread with eventlet hangs."""
+    for rig in (lite, make_async_rig("sqlite://")):
+        with rig.app.app_context():
+            assert rig.alembic.run_sync(threading.get_ident) == threading.get_ident()
 
 
 def test_revision_may_await_and_ask_the_extension(async_rig: Rig) -> None:
