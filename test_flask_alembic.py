@@ -315,6 +315,10 @@ def ids(scripts: cabc.Iterable[Script]) -> list[str]:
     return [script.revision for script in scripts]
 
 
+def history_of(app: Flask) -> pathlib.Path:
+    return pathlib.Path(app.root_path, "migrations")
+
+
 def files(app: Flask) -> set[str]:
     return {path.name for path in pathlib.Path(app.root_path).rglob("*.py")}
 
@@ -352,7 +356,7 @@ def write_revision(
 
 def write_history(app: Flask, *revs: str) -> pathlib.Path:
     """Write a line of empty revisions into the application's folder."""
-    folder = pathlib.Path(app.root_path, "migrations")
+    folder = history_of(app)
 
     for down, rev in zip((None, *revs), revs, strict=False):
         write_revision(folder, rev, down)
@@ -422,7 +426,7 @@ def set_rows(url: str, *revs: str) -> None:
 
 @pytest.fixture
 def lab(app: Flask) -> cabc.Iterator[Lab]:
-    folder = pathlib.Path(app.root_path, "migrations")
+    folder = history_of(app)
     alembic = build_sqlite(app)
 
     with app.app_context():
@@ -487,7 +491,7 @@ def test_naming_convention_names_what_revisions_make(
             sa.CheckConstraint("up > 0", name="positive"),
         )
     """
-    write_revision(pathlib.Path(app.root_path, "migrations"), "aa", None, body)
+    write_revision(history_of(app), "aa", None, body)
 
     with app.app_context():
         if way == "online":
@@ -879,13 +883,17 @@ def test_contexts_work_inside_a_revision(app: Flask) -> None:
         assert context.get_tag_argument() == "release"
         assert context.get_x_argument(as_dictionary=True) == {"a": "1", "b": "2"}
     """
-    write_revision(pathlib.Path(app.root_path, "migrations"), "aa", None, body, body)
+    write_revision(history_of(app), "aa", None, body, body)
+    none = "assert not context.get_tag_argument() and not context.get_x_argument()"
+    write_revision(history_of(app), "bb", "aa", none)
     app.config["ALEMBIC"] = {"colour": "blue"}
     extension = build_sqlite(app)
 
     with app.app_context():
-        assert extension.upgrade(tag="release", x={"a": "1", "b": "2"})
+        assert extension.upgrade("aa", tag="release", x={"a": "1", "b": "2"})
         assert extension.downgrade(tag="release", x=["a=1", "b=2"])
+        extension.stamp("aa")
+        assert extension.upgrade()
 
 
 def test_python_prints_and_logs_nothing(
@@ -1008,7 +1016,7 @@ def test_subclass_of_the_predecessor(app: Flask, make_engine: MakeEngine) -> Non
 
 def test_one_database_of_several(app: Flask, make_database: MakeDatabase) -> None:
     """One history; each database its own tables; answers for all or for those named."""
-    folder = pathlib.Path(app.root_path, "migrations")
+    folder = history_of(app)
     # From before the second database: it is for 'default' alone.
     write_revision(folder, "aa", None, **CREATE_AND_DROP)
     functions = """
@@ -1746,7 +1754,7 @@ def test_two_places_for_version_tables(
     url = "sqlite://" if by == "memory" else make_database("postgresql")
     create = 'op.create_table(f"of_{engine_name}", sa.Column("id", sa.Integer))'
     functions = f"def upgrade(engine_name):\n    {create}"
-    write_revision(pathlib.Path(app.root_path, "migrations"), "aa", functions=functions)
+    write_revision(history_of(app), "aa", functions=functions)
     urls = {"one": url, "two": url}
     execute(url, *(f"CREATE SCHEMA {name}" for name in urls if by != "memory"))
 
@@ -2093,7 +2101,7 @@ def make_rig(
         engine = engine or make_engine(url, poolclass=sa.QueuePool, **pool)
         alembic = Alembic(app, metadatas=metadata or sa.MetaData(), engines=engine)
         engine = engine.sync_engine if isinstance(engine, AsyncEngine) else engine
-        return Rig(app, alembic, engine, url, pathlib.Path(app.root_path, "migrations"))
+        return Rig(app, alembic, engine, url, history_of(app))
 
     return make
 
@@ -2120,7 +2128,7 @@ def make_pair(make_app: MakeApp, **urls: str) -> tuple[Flask, Alembic, pathlib.P
     """An application with several databases, and the folder of its revision files."""
     app = make_app(ALEMBIC={"migration_lock_timeout": 0})
     alembic = build_plain(app, urls, {name: sa.MetaData() for name in urls})
-    return app, alembic, pathlib.Path(app.root_path, "migrations")
+    return app, alembic, history_of(app)
 
 
 @contextlib.contextmanager
@@ -3303,7 +3311,7 @@ def test_scripts_of_several_databases_have_headers(
         def upgrade(engine_name):
             op.execute(f"SELECT '{engine_name}'")
     """
-    write_revision(pathlib.Path(app.root_path, "migrations"), "aa", functions=body)
+    write_revision(history_of(app), "aa", functions=body)
 
     with app.app_context():
         scripts = alembic.upgrade_sql()
@@ -3616,7 +3624,7 @@ def test_sync_and_async_engines_side_by_side(
         def upgrade(engine_name):
             op.create_table(f"made_{engine_name}", sa.Column("id", sa.Integer))
     """
-    write_revision(pathlib.Path(app.root_path, "migrations"), "aa", functions=body)
+    write_revision(history_of(app), "aa", functions=body)
 
     with app.app_context():
         assert ids(alembic.upgrade()) == ["aa"]
@@ -4352,10 +4360,6 @@ COMMANDS: t.Final = {
 }
 STORE: t.Final = {"x1": "users", "x2": "orders", "x3": "tags"}
 STEPS: t.Final = [f"{n}/3  x{n}  add {x}" for n, x in enumerate(STORE.values(), 1)]
-
-
-def history_of(app: Flask) -> pathlib.Path:
-    return pathlib.Path(app.root_path, "migrations")
 
 
 def write_titled(
