@@ -330,13 +330,12 @@ class Alembic:
         found = _scripts(script, [f"{n}@head" if n in labels else n for n in names])
         if len(found) < 2:
             raise _command_error(f"'{' '.join(names)}': a merge needs two revisions.")
-        options: dict[str, t.Any] = {"splice": splice, "label": label}
-        if rev_id is not None:  # it is new: an override in a subclass may not know it
-            options["rev_id"] = rev_id
+        options: t.Any = {"splice": splice, "label": label, "rev_id": rev_id}
         if (folder := os.path.dirname(found[0].path)) in locations:
             options["path"] = folder
-        text = "merge" if message is None else message
-        return self.revision(text, empty=True, parent=found, **options)[0]
+        text = "merge heads" if message is None else message
+        # Not by an override, which may refuse parents that a merge can have.
+        return Alembic.revision(self, text, empty=True, parent=found, **options)[0]
 
     def upgrade(
         self, target: RevisionTarget = "heads", **options: t.Unpack[RunOptions]
@@ -792,6 +791,8 @@ def _find_targets(extension: Alembic) -> dict[str, _Target]:
     metadatas = extension.metadatas or _by_name(getattr(db, "metadata", None))
     if not metadatas:
         raise FlaskAlembicError("No metadata found: pass 'metadatas' when setting up.")
+    if not extension.metadatas and any(getattr(db, "metadatas", ())):
+        _check_template(extension._get_cache().settings.template, ["default"], True)
     # A sync engine goes before an async one; Flask-SQLAlchemy may call it None.
     found = dict(getattr(db, "async_engines", None) or {})
     found |= getattr(db, "engines", None) or {}
@@ -1133,7 +1134,7 @@ class _Run:
 
     step: RevisionStep | None = None  # that is running, or that failed
     _is_partial = False  # whether it committed by itself
-    hold: cabc.Callable[[], None] | None = None  # SQLite's: see that the lock is ours
+    hold: cabc.Callable[[], object] = bool  # SQLite's: see that the lock is ours
 
     def __init__(
         self, scope: _Scope, name: str, fn: StepFunction, connection: t.Any, rows: _Ids
@@ -1182,8 +1183,7 @@ class _Run:
 
     def _execute(self, step: RevisionStep, fn: t.Any, /, **kwargs: t.Any) -> None:
         """Call the function of a revision, and see what it does to the transaction."""
-        if self.hold:
-            self.hold()
+        self.hold()
         if (arguments := self._arguments(step, fn)) is None:
             return
         if inspect.iscoroutinefunction(fn):
@@ -1197,7 +1197,7 @@ class _Run:
                 if self.connection is None:
                     error.add_note(f"{self.title} failed as SQL, without a connection.")
                 # A statement that fails, as on a full disk, may roll back by itself.
-                if self.hold and not isinstance(error, exc.DBAPIError):
+                elif not isinstance(error, exc.DBAPIError):
                     self.look(self.connection, error)
                 raise
         # What Alembic opened: for the run, for the step, after an autocommit_block().
@@ -1207,8 +1207,7 @@ class _Run:
                 f"{self.title} ended the migration's own transaction, by a 'commit()'"
                 " or 'rollback()': use 'op.get_context().autocommit_block()' instead."
             )
-        if self.hold:
-            self.hold()
+        self.hold()
 
     def _arguments(self, step: t.Any, fn: t.Any) -> dict[str, str] | None:
         """What to pass to a revision's function; ``None`` not to call it."""
@@ -1239,7 +1238,7 @@ class _Run:
         """See a commit: an autocommit block's, or one that only the driver knows."""
         if not statement:
             self._is_partial = True
-        elif not _is_autocommit(connection):
+        elif not connection.invalidated and not _is_autocommit(connection):
             driver = connection.connection.driver_connection
             self._is_partial |= not _is_in_transaction(driver)
 
@@ -1599,6 +1598,9 @@ def _place(extension: Alembic, branch: str, asked: dict[str, t.Any]) -> None:
         # A history from elsewhere has no labels: its head is the default branch's.
         heads = script.get_revisions(script.get_heads())
         parents = tuple(s.revision for s in heads if not s.branch_labels)
+        if branch == "default" and not parents and (others := named - folders.keys()):
+            text = f"Continue {_quoted(others)} by '-b', or begin anew by '-p base'."
+            raise _command_error(text)
         if branch != "default" or not parents:
             parents, labels = ("base",), [*labels, branch]
         elif len(parents) > 1:
@@ -1916,12 +1918,11 @@ def _command(names: str, keys: str = "") -> cabc.Callable[[t.Any], None]:
 
 def _run_command(callback: t.Any, verbose: bool, **options: t.Any) -> None:
     """Print what a command returns, and make one line of an error of the user's."""
-    given = {key: value for key, value in options.items() if value not in ((), None)}
+    given = {k: value for k, value in options.items() if value not in ((), None, False)}
     alembic = current_app.extensions.get("alembic") or Alembic()  # says what is missing
-    # Where the application shows log lines, we do not.
-    shows = given.get("quiet") or logging.root.handlers or _logger.handlers
+    app_shows = given.get("quiet") or logging.root.handlers or _logger.handlers
     try:
-        with contextlib.nullcontext() if shows else _logged(_say):
+        with contextlib.nullcontext() if app_shows else _logged(_say):
             marks = given.pop("indicate_current", False)
             states = alembic.status(given.get("database")) if marks else {}
             commands = _Commands(alembic, verbose, states)
@@ -2000,7 +2001,7 @@ class _Commands:
         TARGET is a revision id or its beginning, 'base', 'BRANCH@base', or steps: '-2',
         'BRANCH@-1'. --sql takes START:TARGET; START may be 'current', to ask.
         """
-        if options["sql"] and not all(target.partition(":")):
+        if options.get("sql") and not all(target.partition(":")):
             raise click.UsageError("'--sql' needs START:TARGET here, as 'current:-1'.")
         return self.migrate("downgrade", target, **options)
 
@@ -2014,7 +2015,7 @@ class _Commands:
         return self.migrate("stamp", *targets, **options)
 
     @_command("status", "json database")
-    def status(self, json: bool, **options: t.Any) -> t.Any:
+    def status(self, json: bool = False, **options: t.Any) -> t.Any:
         """Show where each database stands, and what is pending."""
         from json import dumps
 
@@ -2037,7 +2038,7 @@ class _Commands:
             yield dumps({"databases": data}, indent=2, default=lambda x: x.revision)
 
     @_command("current", "check_heads database")
-    def current(self, check_heads: bool, database: t.Any = ()) -> t.Any:
+    def current(self, check_heads: bool = False, database: t.Any = ()) -> t.Any:
         """Show the revisions that each database is at."""
         names = database or self.alembic.databases
         found = {name: self.alembic.current(name) for name in names}
@@ -2045,7 +2046,8 @@ class _Commands:
             yield from [f"Database: {name}"] if len(names) > 1 else []
             yield from scripts
         if check_heads and self.alembic.needs_upgrade(names):
-            raise click.ClickException("Database is not on all head revisions.")
+            yield "Database is not on all head revisions"
+            raise click.exceptions.Exit(1)
 
     @_command("check", "database")
     def check(self, database: t.Any = ()) -> t.Any:
@@ -2062,11 +2064,10 @@ class _Commands:
                 lines += [f"  {line}" for line in found or map(repr, diffs)]
         branches: dict[str, list[str]] = {}
         for head in self.alembic.heads():
-            branch = ", ".join(sorted(head.branch_labels)) or "default"
-            branches.setdefault(branch, []).append(head.revision)
-        for branch, ids in branches.items():
-            if len(ids) > 1:
-                lines += [f"Branch '{branch}': {_several_heads(ids)}"]
+            for branch in sorted(head.branch_labels) or ["default"]:
+                branches.setdefault(branch, []).append(head.revision)
+        for ids, branch in {tuple(v): k for k, v in branches.items()}.items():
+            lines += [f"Branch '{branch}': {_several_heads(ids)}"] if ids[1:] else []
         yield from lines or ["No changes detected."]
         if lines:
             raise click.exceptions.Exit(1)
@@ -2081,8 +2082,7 @@ class _Commands:
         """Show the revisions that more than one other follows, and those."""
         for script in self.alembic.branches():
             yield script
-            children = sorted(script.nextrev)
-            for each in self.alembic.script_directory.get_revisions(children):
+            for each in _scripts(self.alembic.script_directory, sorted(script.nextrev)):
                 yield f"    -> {each.revision}  {_summary(each)}"
 
     @_command("log history", "start end rev_range indicate_current database")
@@ -2116,7 +2116,7 @@ class _Commands:
 
     def migrate(self, verb: str, *targets: str, **options: t.Any) -> t.Any:
         """Upgrade, downgrade or stamp, telling of the progress; or make SQL of it."""
-        sql, quiet = options.pop("sql"), options.pop("quiet", False)
+        sql, quiet = options.pop("sql", False), options.pop("quiet", False)
         start, colon, first = targets[0].rpartition(":")
         if not first or (colon and not sql) or re.match(r"-(?!\d+$)", targets[0]):
             raise click.UsageError(f"'{targets[0]}' is no TARGET. START: needs --sql.")
@@ -2140,10 +2140,10 @@ class _Commands:
             ran = getattr(self.alembic, verb)(target, **options)
         finally:
             g.pop("flask_alembic_report")
-        if verb != "stamp" and not quiet:
+        if verb != "stamp" and not quiet and ran is not None:  # as overrides may return
             done = f"{_count(ran)} {verb}d in {time.perf_counter() - began:.2f}s."
             _say(done if ran else "Nothing to do.")
-        return ran if verb == "stamp" else ()
+        return ran if verb == "stamp" else None
 
     def line_of(self, script: Script) -> str:
         """A revision as Alembic shows it; its own mark is state that threads share."""
@@ -2184,7 +2184,7 @@ def _logged(tell: cabc.Callable[[str], t.Any]) -> cabc.Generator[None]:
     def handle(record: logging.LogRecord) -> bool:
         # Alembic names one of its objects, or our function, in one of its lines.
         text = re.sub("^.*<.*> detected", "Detected changed", record.getMessage())
-        wanted = record.name == _logger.name or text.startswith("Detected")
+        wanted = record.name == _logger.name or re.match("Detected (?!sequence)", text)
         if wanted or record.levelno > logging.INFO:
             tell(text)
         return False

@@ -575,10 +575,11 @@ def test_revision_that_would_break_the_history_is_refused(lab: Lab, name: str) -
 
     for value in REFUSED[name]:
         with pytest.raises(CommandError):
-            lab.alembic.revision("x", empty=True, **{name: value})  # type: ignore[arg-type]
+            branch = {"branch": "known", name: value}
+            lab.alembic.revision("x", empty=True, **branch)  # type: ignore[arg-type]
 
     with pytest.raises(CommandError, match="'mine'"):
-        lab.alembic.revision("x", empty=True, rev_id="mine", label="mine")
+        lab.alembic.revision("x", True, "known", rev_id="mine", label="mine")
 
     assert ids(lab.alembic.heads()) == ["aa"]
     assert files(lab.app) == {"aa.py"}
@@ -994,24 +995,41 @@ def test_invenio_overrides_run_migrations(app: Flask, make_engine: MakeEngine) -
 
 
 def test_subclass_of_the_predecessor(app: Flask, make_engine: MakeEngine) -> None:
-    """Its ``rev_id`` names revisions; its ``revision`` takes no ``rev_id``."""
+    """Its ``rev_id`` names revisions; its methods take and return what they did."""
 
     class Numbered(Alembic):
         def rev_id(self) -> str:
             return f"{len(self.log()) + 1:04}"
 
-        def revision(self, *args: t.Any, **kwargs: t.Any) -> list[Script]:
-            assert "rev_id" not in kwargs
-            return super().revision(*args, **kwargs)
+        def revision(self, message: str, **kwargs: t.Any) -> t.Any:  # type: ignore[override]
+            assert not isinstance(kwargs.get("parent", ""), list)  # as FlaskBB's
+            return super().revision(message, **kwargs)
+
+        def merge(  # type: ignore[override]
+            self, revisions: t.Any = "heads", message: t.Any = None, label: t.Any = None
+        ) -> Script:
+            return super().merge(revisions, message, label)
+
+        def upgrade(self, target: t.Any = "heads") -> None:  # type: ignore[override]
+            super().upgrade(target)
+
+        def downgrade(self, target: t.Any = -1) -> None:  # type: ignore[override]
+            super().downgrade(target)
+
+        def stamp(self, target: t.Any = "heads") -> None:  # type: ignore[override]
+            super().stamp(target)
 
     engine = make_engine(sqlite_file(app))
     extension = Numbered(app, metadatas=sa.MetaData(), engines=engine)
+    lines = "revision one --empty", "revision two --empty -b side", "merge", "upgrade"
+
+    for line in (*lines, "downgrade 0001", "stamp"):
+        db_stdout(app, line)
 
     with app.app_context():
-        extension.revision("one", empty=True)
-        extension.revision("two", empty=True, branch="side")
-        assert sorted(ids(extension.heads())) == ["0001", "0002"]
-        assert extension.merge().revision == "0003"
+        assert sorted(ids(extension.log())) == ["0001", "0002", "0003"]
+        assert ids(extension.current()) == ["0003"]
+        assert "0003_merge_heads.py" in files(app)
 
 
 def test_one_database_of_several(app: Flask, make_database: MakeDatabase) -> None:
@@ -1948,7 +1966,7 @@ def test_flask_migrate_project_goes_on(
 
     if multidb:
         # Its template would lose every change of a database that is not named.
-        for line in ("revision lost", "revision --empty lost"):
+        for line in ("revision lost", "revision --empty lost", "upgrade", "current"):
             [named] = re.findall(r"metadatas=\{.*?\}", error_line(app, line))
 
         app = load_app(module, **{"Alembic(app)": f"Alembic(app, {named})"})
@@ -1969,6 +1987,22 @@ def test_flask_migrate_project_goes_on(
 
     with app.app_context():
         dispose_engines(app.extensions["sqlalchemy"].engines.values())
+
+
+def test_labelled_history_is_not_forked(lab: Lab) -> None:
+    """Flask-Migrate would follow the head, the predecessor begin another branch."""
+    write_revision(lab.folder, "aa", labels="main")
+    runner = lab.app.test_cli_runner()
+
+    for line in ("revision x", "revision --empty x"):
+        assert "'main' by '-b'" in error_line(lab.app, line)
+
+    for line, parent in (("-b main", "aa"), ("-p base", None)):
+        args = f"db revision --empty x {line}".split()
+        assert runner.invoke(args=args).exit_code == 0
+        [made] = [each for each in lab.alembic.heads() if each.doc == "x"]
+        assert made.down_revision == parent
+        pathlib.Path(made.path).unlink()
 
 
 def test_own_folder_goes_before_one_beside(
@@ -2314,11 +2348,12 @@ def test_a_killed_upgrade_can_be_run_again(
 
 def test_an_interrupt_tells_what_it_left(tmp_path: pathlib.Path, rig: Rig) -> None:
     """Ctrl-C in a revision: the note of an error, then the abort; the lock is free."""
-    stay = (
-        'op.execute("SELECT pg_sleep(60)")'
-        if "psycopg" in rig.url
-        else "signal.pause()"
-    )
+    numbers = "WITH RECURSIVE x(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM x LIMIT"
+    stay = {
+        "sqlite": f'op.execute("{numbers} 9999999) SELECT max(n) FROM x")',
+        "postgresql": 'op.execute("SELECT pg_sleep(60)")',
+        "mariadb": "signal.pause()",
+    }[kind_of(rig.url)]
     body = f"""
         import os, signal
         {GUARD_MADE}
@@ -4651,8 +4686,8 @@ def test_current_command(two_stores: Flask) -> None:
     assert "/migrations/bbb.py" in db_stdout(two_stores, "current -v")
     db_stdout(two_stores, "current -c -n audit")
     result = invoke_db(two_stores, "current", "--check-heads")
-    assert result.exit_code == 1
-    assert "Database is not on all head revisions" in result.stderr
+    assert (result.exit_code, result.stderr) == (1, "")
+    assert result.stdout.splitlines()[-1] == "Database is not on all head revisions"
 
 
 def test_status_command(two_stores: Flask) -> None:
@@ -4692,13 +4727,15 @@ def test_check_says_changes_once_and_in_words(
 
 
 def test_check_gives_the_line_that_merges(store: Flask) -> None:
-    write_revision(history_of(store), "y3", "x2")
+    write_revision(history_of(store), "y3", "x2", labels="more")
+    first = history_of(store) / "x1.py"
+    first.write_text(first.read_text().replace("labels = None", "labels = 'default'"))
     db_stdout(store, "upgrade")
     result = invoke_db(store, "check")
     assert result.exit_code == 1
     [line] = re.findall("flask db (merge .*x3 y3)", result.stdout)
     db_stdout(store, f"{line} -l one --rev-id z9")
-    assert "z9 (one) (head) (mergepoint)" in db_stdout(store, "heads")
+    assert "one) (head) (mergepoint)" in db_stdout(store, "heads")
     db_stdout(store, "upgrade")
     db_stdout(store, "check")
 
