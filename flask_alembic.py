@@ -1788,13 +1788,13 @@ _ASSIGNMENT: t.Final = (
     rf"(None|{_STRING}|[(\[][ \t]*(?:{_STRING}[ \t]*(?:,[ \t]*{_STRING}[ \t]*)*,?)?"
     r"[ \t]*[)\]])[ \t]*(?:\#.*)?$"
 )
-#: What is left of a file that could bind one of the names, or hide what does.
+#: What else could bind one of the names, or hide what does; first, where one may start.
 _DOUBT: t.Final = (
-    r"\b(?:down_revision|branch_labels|depends_on)\b"
-    r"|\brevision[ \t]*(?:[,)\]]|(?::[^=\n]*|[-+*/|&%@^<>]+)?=(?!=))"
-    r"|\b(?:for|as|def|class|del|import|global)\b.*\brevision\b"
-    r"|\b(?:exec|eval|globals|locals|vars|setattr|delattr|f_globals|__\w+attr__)\b"
-    r"|\b__dict__\b|\bimport[ \t]*\*|coding[:=][ \t]*(?!utf-?8)|\f|[\uff00-\uffef]"
+    r"(?=[a-z_\f\uff00-\uffef])(?:\b(?:(?:down_revision|branch_labels|depends_on)\b"
+    r"|revision[ \t]*(?:[,)\]]|(?::[^=\n]*|[-+*/|&%@^<>]+)?=(?!=))"
+    r"|(?:for|as|def|class|del|import|global)\b.*\brevision\b"
+    r"|(?:exec|eval|globals|locals|vars|setattr|delattr|f_globals|__\w+attr__)\b"
+    r"|__dict__\b|import[ \t]*\*)|coding[:=][ \t]*(?!utf-?8)|\f|[\uff00-\uffef])"
 )
 
 
