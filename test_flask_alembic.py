@@ -2359,6 +2359,7 @@ def test_an_interrupt_tells_what_it_left(tmp_path: pathlib.Path, rig: Rig) -> No
         {GUARD_MADE}
 
         if os.environ.get("STAY"):
+            op.execute("SELECT 1")  # or SQLAlchemy 2.0 has code to make, at first
             print("staying", flush=True)
             {stay}
     """
