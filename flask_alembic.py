@@ -1055,7 +1055,7 @@ class _Job:
     @property
     def is_relative(self) -> bool:
         """Whether the target counts from where the database stands."""
-        return bool(re.match(r"(.+@)?([+-]\d+|\d{1,3})$", self.names[-1]))
+        return bool(re.match(r".*[+-]\d+$|(.+@)?\d{1,3}$", self.names[-1]))
 
     def __call__(self, rows: t.Any, context: t.Any) -> list[t.Any]:
         """The steps from the ids in a version table."""
@@ -1124,16 +1124,16 @@ def _status(scope: _Scope) -> dict[str, DatabaseStatus]:
 
 
 def _has_work(scope: _Scope, job: _Job, waits: bool = True) -> bool:
-    """Whether a database has something to do; nothing is locked or written."""
+    """Whether one has something to do; all are asked, and nothing is written."""
     rows, contexts = _rows(scope, waits), scope.extension.migration_contexts
-    return job.purge or any(job(ids, contexts[name]) for name, ids in rows.items())
+    return job.purge or any([job(ids, contexts[name]) for name, ids in rows.items()])  # noqa: C419
 
 
 class _Run:
     """One run on one database; without a connection, it writes SQL to ``output``."""
 
     step: RevisionStep | None = None  # that is running, or that failed
-    _is_partial = False  # whether it committed by itself
+    _partial: t.Any = (None, None)  # the step that committed by itself, and from where
     hold: cabc.Callable[[], object] = bool  # SQLite's: see that the lock is ours
 
     def __init__(
@@ -1175,7 +1175,7 @@ class _Run:
             run = functools.partial(self._execute, step, step.migration_fn)
             step.migration_fn = functools.update_wrapper(run, step.migration_fn)
             self.title = f"Revision '{script.revision}' ('{script.path}')"
-            self.step, self._is_partial, began = step, False, time.monotonic()
+            self.step, began = step, time.monotonic()
             yield step
             self.step, self.scope.ran[script.revision] = None, script
             if report := g.get("flask_alembic_report"):
@@ -1197,7 +1197,7 @@ class _Run:
                 if self.connection is None:
                     error.add_note(f"{self.title} failed as SQL, without a connection.")
                 # A statement that fails, as on a full disk, may roll back by itself.
-                elif not isinstance(error, exc.DBAPIError):
+                elif self.hold is not bool and not isinstance(error, exc.DBAPIError):
                     self.look(self.connection, error)
                 raise
         # What Alembic opened: for the run, for the step, after an autocommit_block().
@@ -1236,29 +1236,31 @@ class _Run:
 
     def look(self, connection: t.Any, *statement: t.Any) -> None:
         """See a commit: an autocommit block's, or one that only the driver knows."""
-        if not statement:
-            self._is_partial = True
-        elif not connection.invalidated and not _is_autocommit(connection):
-            driver = connection.connection.driver_connection
-            self._is_partial |= not _is_in_transaction(driver)
+        if statement and (connection.invalidated or _is_autocommit(connection)):
+            return
+        if not (
+            statement and _is_in_transaction(connection.connection.driver_connection)
+        ):
+            self._partial = self.step, self.heads
 
     def outcome(self) -> str:
         """Where the database stands after a failure, and what to do about it."""
-        step, what = self.step, "what had not been committed was rolled back"
+        [step, heads], rows = self._partial, set[str]()
+        what = "what had not been committed was rolled back"
         if not self.context.impl.transactional_ddl:
             what = "each DDL statement that finished stays, rows changed since do not"
-            self._is_partial = True
+            step, heads = self.step, self.heads
         where = "where it stands cannot be read now: see 'flask db status'"
         with contextlib.suppress(Exception), _reading(self.connection):
-            rows = self.context.get_current_heads()
+            rows = {*self.context.get_current_heads()}
             where = f"it stands at {_quoted(rows) or 'base'}"
-        if step and self._is_partial:
+        if step and heads == rows:  # else what it did was rolled back, or is recorded
             script, id_ = self.scope.extension.script_directory, step.revision.revision
-            applied = _below(script, self.heads) - {id_}
+            applied = _below(script, rows) - {id_}
             heads = _tops(script, applied | {id_} if step.is_upgrade else applied)
             where += f". Undo by hand what '{id_}' did, and run the command again; or"
             where += f" finish it and run {_stamp_line(self.scope, self.name, heads)}"
-        failed = f"{self.title} failed.\n" if step else ""
+        failed = f"{self.title} failed.\n" if self.step else ""
         return f"{failed}Database '{self.name}': {what}; {where}."
 
 
@@ -1300,7 +1302,7 @@ def _run_online(scope: _Scope, fn: StepFunction, kwargs: dict[str, t.Any]) -> No
 def _turn(scope: _Scope) -> cabc.Generator[None]:
     """Have Alembic's ``op`` and ``context``, which are the process's, for one run."""
     timeout = scope.extension._get_cache().settings.migration_lock_timeout
-    if _running.get():
+    if _running.get() or _process_lock("run")._is_owned():  # noqa: SLF001  # by a task
         raise FlaskAlembicError("A migration that runs cannot start another.")
     if not _process_lock("run").acquire(timeout=-1 if timeout is None else timeout):
         raise MigrationLockTimeout(", ".join(scope.targets), timeout or 0)
@@ -1399,7 +1401,7 @@ def _server_guard(run: _Run, settings: _Settings) -> cabc.Generator[None]:
     with contextlib.ExitStack() as stack:
         if settings.migration_lock:
             stack.enter_context(_server_lock(run, settings.migration_lock_timeout))
-        if is_mysql and limits:  # the pool makes a new session, without our limits
+        if autocommit or (is_mysql and limits):  # the pool makes a new session
             stack.callback(connection.invalidate)
         with _listening(connection, begin=limit):
             yield
@@ -1611,8 +1613,7 @@ def _place(extension: Alembic, branch: str, asked: dict[str, t.Any]) -> None:
         while new.isdecimal() and new in known:
             new = str(int(new) + 1).zfill(len(new))
     taken = {*known, *named, "base", "head", "heads", "current"}
-    # The version table's column holds 32 characters.
-    forms = dict.fromkeys(labels, r"[^\s@:+]+") | {new: r"\w[\w.]{0,31}"}
+    forms = dict.fromkeys(labels, r"[^\s@:+]+") | {new: r"\w[\w.]{0,31}"}  # at most 32
     for name, form in forms.items():
         if name in taken or new in labels or not re.fullmatch(form, name):
             raise _command_error(f"'{name}' is taken, or can be no id or branch.")
@@ -1750,16 +1751,15 @@ def _is_default_changed(context: t.Any, found: t.Any, wanted: t.Any) -> bool | N
         text = text.replace("%%", "%")
     old, new = (_normal(each, wanted.type) for each in (both[0].arg.text, text))
     # Literals that differ are a change, but for types that PostgreSQL writes anew.
-    kinds = ("ARRAY", "BYTEA", "CIDR", "INET", "INTERVAL", "JSONB", "MACADDR", "UUID")
-    is_own = found.type.__visit_name__ in kinds and "'" not in old[1] + new[1]
+    kinds = "ARRAY|BIT|BOOL|BYTEA|CIDR|INET|INTERVAL|JSONB|MAC|MONEY|RANGE|TSV|TSQ|UUID"
+    is_own = re.search(kinds, found.type.__visit_name__) and "'" not in new[1]
     is_certain = old == new or (old[0] == new[0] == "literal" and not is_own)
     return old != new if is_certain else None
 
 
 def _normal(sql: str, type_: t.Any) -> tuple[str, str]:
     """A default without what a server adds: casts, parentheses, a number's quotes."""
-    value, before = r"('(?:[^']|'')*'|[\w.+-]+|\(.*\)|\w+\(\))", ""
-    cast = rf'^{value}::[\w ."]+(\([\d, ]+\))?[\w ]*(\[\])*$'
+    cast, before = r"""^('(?:[^']|'')*'|[\w.+-]+)::[\w ."]+(\[\])*$""", ""
     while sql != before:
         before, sql = sql, re.sub(cast, r"\1", sql.strip())
         sql = re.sub(r"^\(((?:[^()]|\([^()]*\))*)\)$", r"\1", sql)
