@@ -63,6 +63,7 @@ from sqlalchemy import event
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.ext.asyncio import create_async_engine
 
@@ -93,6 +94,13 @@ DRIVERS = {
 MODULE_FILE = Path(flask_alembic.__file__)
 #: What goes on the path of a subprocess: the checkout, or where a wheel was installed.
 IMPORT_ROOT = MODULE_FILE.parents[MODULE_FILE.name == "__init__.py"]
+#: Ends what a test has left connected, and drops all that one may have made.
+EMPTY_POSTGRESQL = (
+    "SELECT pg_terminate_backend(pid, 9999) FROM pg_stat_activity"
+    " WHERE datname = current_database() AND backend_type = 'client backend'"
+    " AND pid <> pg_backend_pid()",
+    "DROP SCHEMA IF EXISTS audit, one, own, public, two CASCADE; CREATE SCHEMA public",
+)
 #: An application for processes of their own, with the database named by ``URL``.
 SITE_APP = """
     import os
@@ -212,12 +220,30 @@ def admin() -> cabc.Iterator[cabc.Callable[[str], sa.URL]]:
         yield find
 
 
+@fixture(scope="session")
+def spare_urls(admin: cabc.Callable[[str], sa.URL]) -> cabc.Iterator[list[str]]:
+    """PostgreSQL databases that are empty again, for it takes long to make one."""
+    urls: list[str] = []
+    yield urls
+
+    for url in urls:
+        name = sa.make_url(url).database
+        execute(admin("postgresql"), f"DROP DATABASE {name} WITH (FORCE)")
+
+
 @fixture
 def make_database(
-    tmp_path: Path, admin: cabc.Callable[[str], sa.URL]
+    tmp_path: Path, admin: cabc.Callable[[str], sa.URL], spare_urls: list[str]
 ) -> cabc.Iterator[MakeDatabase]:
-    """Make empty databases by kind; those on a server are dropped after the test."""
+    """Make empty databases by kind, which are of no other test meanwhile."""
     with contextlib.ExitStack() as stack:
+
+        def give_back(url: str) -> None:
+            if kind_of(url) == "postgresql":
+                execute(url, *EMPTY_POSTGRESQL)
+                spare_urls.append(url)
+            else:
+                execute(url, f"DROP DATABASE {sa.make_url(url).database}")
 
         def make(kind: str) -> str:
             name = f"flask_alembic_{uuid.uuid4().hex[:12]}"
@@ -225,12 +251,15 @@ def make_database(
             if kind == "sqlite":
                 return f"sqlite:///{tmp_path / name}.db"
 
-            url = admin(kind)
-            execute(url, f"CREATE DATABASE {name}")
-            # What a failed test left connected must not keep its database alive.
-            force = " WITH (FORCE)" if kind == "postgresql" else ""
-            stack.callback(execute, url, f"DROP DATABASE {name}{force}")
-            return url.set(database=name).render_as_string(hide_password=False)
+            if kind == "postgresql" and spare_urls:
+                url = spare_urls.pop()
+            else:
+                server = admin(kind)
+                execute(server, f"CREATE DATABASE {name}")
+                url = server.set(database=name).render_as_string(hide_password=False)
+
+            stack.callback(give_back, url)
+            return url
 
         yield make
 
@@ -292,6 +321,23 @@ def feed(url: str, script: str) -> None:
 
         while several and cursor.nextset():
             pass  # What is wrong with a later statement is said here.
+
+
+def feed_client(url: str, script: str) -> None:
+    """Pipe a script into the server's own client, or else give it to the driver."""
+    address = sa.make_url(url)
+    login = ["-h", str(address.host), "-P", str(address.port or 3306)]
+    login += ["-u", str(address.username), f"--password={address.password or ''}"]
+    client = {
+        "sqlite": ["sqlite3", "-bail", str(address.database)],
+        "postgresql": ["psql", url.replace("+psycopg", "")],
+        "mariadb": ["mariadb", *login, str(address.database)],
+    }[kind_of(url)]
+
+    if shutil.which(client[0]):
+        subprocess.run(client, input=script, text=True, capture_output=True)
+    else:
+        feed(url, script)
 
 
 def table_names(url: str) -> set[str]:
@@ -632,6 +678,38 @@ def start_upgrade(site: Path, url: str, **env: str) -> subprocess.Popen[str]:
     return start_process(site, "-m", "flask", "db", "upgrade", URL=url, **env)
 
 
+#: Runs one ``flask`` command in several processes. Forks of one that has imported all
+#: begin closer together than new interpreters would, and cost a tenth.
+RUN_IN_FORKS = """
+import os, sys
+import alembic.autogenerate, alembic.command, app, flask.cli
+
+count = int(sys.argv.pop(1))
+gate, opener = os.pipe()
+children = []
+
+for _ in range(count):
+    if not (pid := os.fork()):
+        os.close(opener)
+        os.read(gate, 1)
+        sys.argv[0] = "flask"
+        flask.cli.main()
+
+    children.append(pid)
+
+os.close(opener)
+print([os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children])
+"""
+
+
+def start_forks(
+    site: Path, count: int, *command: str, **env: str
+) -> subprocess.Popen[str]:
+    """Start a ``flask`` command in so many processes; their codes are printed last."""
+    (site / "forks.py").write_text(RUN_IN_FORKS)
+    return start_process(site, "forks.py", str(count), *command, **env)
+
+
 def invoke_db(app: Flask, *args: str, **env: str) -> Result:
     """Run ``flask db ARGS`` in this process, where nothing has set up logging."""
     env = {"FLASK_RUN_FROM_CLI": "true", **env}  # which Flask would leave behind
@@ -730,6 +808,28 @@ def test_objects_of_alembic(sqlite_project: Project) -> None:
         assert sa.inspect(extension.op.get_bind()).get_table_names() == ["people"]
 
 
+def test_short_names_follow_overridden_properties(make_project: MakeProject) -> None:
+    class Own(Alembic):
+        script_directory: Any = property(lambda _: "own script")
+        environment_context: Any = property(lambda _: "own env")
+        migration_context: Any = property(lambda _: "own context")
+
+    project = make_project("sqlite", extension=Own)
+    own: Any = project.alembic
+
+    with project.context():
+        assert own.script == "own script"
+        assert own.env == "own env"
+        assert own.context == "own context"
+
+
+def test_arguments_of_flask_migrate_are_told_what_to_write(app: Flask) -> None:
+    extension: Any = Alembic
+
+    with raises(TypeError, match=re.escape("Alembic(app)")):
+        extension(app, flask_sqlalchemy.SQLAlchemy())
+
+
 def test_mkdir(app: Flask, make_project: MakeProject) -> None:
     """It is done by ``init_app`` unless told not to, and keeps what is there."""
     extension = Alembic(
@@ -790,6 +890,25 @@ def test_head_that_a_branch_depends_on_needs_no_upgrade(
         assert ids(extension.downgrade("extra@base")) == ["yy", "xx"]
 
 
+def test_progress_is_called_as_each_revision_is_done(sqlite_project: Project) -> None:
+    """With database, revision, place, number and seconds; not for one that failed."""
+    sqlite_project.write("aa")
+    sqlite_project.write("bb", "aa", "raise ValueError")
+    seen: list[tuple[Any, ...]] = []
+
+    def progress(database: str, revision: Script, *rest: Any) -> None:
+        assert 0 <= rest[-1] < 60
+        seen.append((database, revision.revision, *rest[:-1]))
+
+    with sqlite_project.context() as extension:
+        with raises(ValueError):
+            extension.upgrade(progress=progress)
+
+        extension.downgrade(progress=progress)
+
+    assert seen == [("default", "aa", 1, 2), ("default", "aa", 1, 1)]
+
+
 def test_one_database_of_several(two_databases: Project) -> None:
     """One history; each database its own tables; answers for all or for those named."""
     urls = two_databases.urls
@@ -845,6 +964,8 @@ def test_databases_that_are_added_or_renamed(make_project: MakeProject) -> None:
 
     with raises(CommandError, match=r"'aa'.*'new'"):
         renamed.upgrade()
+
+    assert "'new'" in error_line(renamed.app, "upgrade")
 
     added = make_project(dict.fromkeys(("one", "two", "new", "a-b"), "sqlite"))
     single = added.write("bb", "aa", CREATE_USERS)
@@ -1124,7 +1245,12 @@ def test_flask_migrate_project_goes_on(
     if multidb:
         # Its template would lose every change of a database that is not named.
         for line in ("revision lost", "revision --empty lost", "upgrade", "current"):
-            [named] = re.findall(r"metadatas=\{.*?\}", error_line(app, line))
+            result = invoke_db(app, *shlex.split(line))
+            assert result.exit_code == 1
+            *hints, error = result.stderr.splitlines()
+            assert bool(hints) == line.startswith("revision")
+            assert [hint for hint in hints if "env.py" not in hint] == []
+            [named] = re.findall(r"^Error: .*(metadatas=\{.*?\})", error)
 
         app = load_app(module, {"Alembic(app)": f"Alembic(app, {named})"})
 
@@ -1153,6 +1279,25 @@ def test_own_folder_goes_before_one_beside(
 
     with project.context() as extension:
         assert ids(extension.heads()) == ["own"]
+
+
+@mark.parametrize("is_package", [False, True], ids=["module", "package"])
+def test_history_beside_the_code_is_of_a_package(
+    make_app: MakeApp, make_project: MakeProject, tmp_path: Path, is_package: bool
+) -> None:
+    """A module in a folder of its own leaves its neighbours' alone."""
+    beside = tmp_path / "migrations" / "versions"
+    write_revision(beside, "aa")
+    app = make_app(tmp_path / "code")
+
+    if is_package:
+        (tmp_path / "code" / "__init__.py").touch()
+
+    with make_project("sqlite", app=app).context() as extension:
+        assert ids(extension.heads()) == ["aa"] * is_package
+        [script] = extension.revision("own", empty=True)
+
+    assert (Path(script.path).parent == beside) == is_package
 
 
 # -- State -----------------------------------------------------------------------------
@@ -1323,6 +1468,54 @@ def test_files_that_come_go_and_change(sqlite_project: Project) -> None:
         assert set(ids(extension.heads())) == {"aa", "bb"}
 
 
+def test_deleted_file_is_no_head(sqlite_project: Project) -> None:
+    """Also one that this process has written."""
+    sqlite_project.write("aa")
+
+    with sqlite_project.context() as extension:
+        [deleted] = extension.revision("deleted", empty=True)
+        Path(deleted.path).unlink()
+        [script] = extension.revision("next", empty=True)
+        assert script.down_revision == "aa"
+        assert ids(extension.upgrade()) == ["aa", script.revision]
+
+
+def test_second_task_of_a_loop_waits_or_is_refused(
+    make_async_project: MakeProject,
+) -> None:
+    """It does not end the migration of the first, which gives way at each statement."""
+    other = make_async_project("sqlite", migration_lock_timeout=2)
+    project = make_async_project("sqlite", migration_lock_timeout=2)
+    other.write("aa")
+    other.upgrade()
+    create = "op.execute('CREATE TABLE t{} (id INTEGER)')".format
+    project.write("aa", None, "\n".join([CALL_TEST, *map(create, range(9))]))
+    entered = asyncio.Event()
+    project.app.config["CALL"] = lambda _: entered.set()
+
+    def compare() -> bool:
+        with other.context() as extension:
+            return extension.needs_revision()
+
+    async def run(call: cabc.Callable[[], Any]) -> Any:
+        async with AsyncEngine(project.engine).connect() as connection:
+            return await connection.run_sync(lambda _: call())
+
+    async def run_second() -> Any:
+        await entered.wait()
+        return await run(compare)
+
+    async def main() -> list[Any]:
+        calls = (run(project.upgrade), run_second())
+        return [*await asyncio.gather(*calls, return_exceptions=True)]
+
+    upgraded, compared = asyncio.run(main())
+    assert upgraded == ["aa"]
+    assert compared is False or isinstance(compared, FlaskAlembicError)
+    assert len(project.tables) == 9
+    assert project.versions == {"aa"}
+
+
 # -- Configuration ---------------------------------------------------------------------
 
 
@@ -1375,6 +1568,40 @@ def test_values(make_project: MakeProject, percent: str) -> None:
     assert passed["sourceless"] == "false"
     assert passed["list"] == "a, 5"
     assert re.fullmatch(r"\d{4}_aa_long_?\.py", Path(script.path).name)
+
+
+@mark.parametrize("is_there", [False, True], ids=["missing", "there"])
+def test_configuration_counts_until_the_first_use(
+    make_project: MakeProject, tmp_path: Path, is_there: bool
+) -> None:
+    """What is changed after ``init_app``, whether it made the folder or not."""
+    if is_there:
+        write_revision(tmp_path / "migrations", "aa")
+
+    project = make_project("sqlite")
+    project.app.config["ALEMBIC"] |= {"script_location": "later", "colour": "blue"}
+    write_revision(tmp_path / "later", "bb")
+
+    with project.context() as extension:
+        assert ids(extension.heads()) == ["bb"]
+        assert extension.config.get_main_option("colour") == "blue"
+
+
+def test_prepend_sys_path_is_of_the_application(
+    make_project: MakeProject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Put there once, and relative to its root, whatever the current directory."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.chdir("/")
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib" / "beside_the_application.py").touch()
+    project = make_project("sqlite", prepend_sys_path="lib")
+    project.write("aa", None, "import beside_the_application")
+    assert project.upgrade() == ["aa"]
+    project.write("bb", "aa")
+    assert project.upgrade() == ["bb"]
+    assert sys.path.count(str(tmp_path / "lib")) == 1
+    assert "lib" not in sys.path
 
 
 @mark.parametrize("separator", ["os", "space"])
@@ -1718,6 +1945,25 @@ def test_arguments_win_over_detection(
     assert table_names(found) == set()
 
 
+def test_replaced_engine_and_metadata_count_at_once(
+    sqlite_project: Project, make_database: MakeDatabase, make_engine: MakeEngine
+) -> None:
+    """From the next method call, in the same context of the application."""
+    url = make_database("sqlite")
+    sqlite_project.write("aa")
+
+    with sqlite_project.context() as extension:
+        assert extension.migration_context.get_current_revision() is None
+        extension.engines["default"] = make_engine(url)
+        assert ids(extension.upgrade()) == ["aa"]
+        assert not extension.needs_revision()
+        extension.metadatas["default"] = add_table(sa.MetaData()).metadata
+        assert extension.needs_revision()
+
+    assert versions(url) == {"aa"}
+    assert sqlite_project.versions == set()
+
+
 def test_two_names_for_one_version_table(
     make_database: MakeDatabase, make_project: MakeProject
 ) -> None:
@@ -1809,6 +2055,11 @@ def test_missing_set_up_is_named(
                 call()
 
     assert re.search(message, error_line(app, "upgrade"))
+
+
+def test_forgotten_init_app_is_named(app: Flask) -> None:
+    Alembic(app)
+    assert_one_line(invoke_db(app, "upgrade"), "metadata", "db.init_app")
 
 
 @mark.parametrize("wrong", [object, ["x"], {"default": None}], ids=str)
@@ -1940,6 +2191,25 @@ def test_script_is_a_target(sqlite_project: Project) -> None:
         assert set(extension.merge([cc, dd]).down_revision or ()) == {"cc", dd.revision}
 
 
+def test_digits_are_a_count_or_an_id_but_never_a_guess(sqlite_project: Project) -> None:
+    """An int counts; a text of digits that could be either is refused."""
+    write_history(sqlite_project.app, "1", "207182", "cc", "dd")
+
+    with sqlite_project.context() as extension:
+        assert ids(extension.upgrade("1")) == ["1"]
+        assert ids(extension.upgrade(1)) == ["207182"]
+        assert ids(extension.upgrade()) == ["cc", "dd"]
+        refused = sqlite_project.command("downgrade", "2")
+        assert_one_line(refused, "'-2'", "'207182'")
+
+        with raises(CommandError, match=r"(?s)(?=.*'-2')(?=.*'207182')"):
+            extension.downgrade("2")
+
+        assert sqlite_project.versions == {"dd"}
+        assert ids(extension.downgrade(1)) == ["dd"]
+        assert ids(extension.downgrade("1")) == ["cc", "207182"]
+
+
 #: Every method that takes a target, wherever it takes it.
 TAKE_A_TARGET: dict[str, cabc.Callable[[Alembic, Any], object]] = {
     "upgrade": lambda e, x: e.upgrade(x),
@@ -1994,6 +2264,27 @@ def test_target_of_a_wrong_type(
     assert sqlite_project.versions == {"bb"}
 
 
+#: Calls with an argument that takes no such value.
+TAKE_A_NAME: dict[str, cabc.Callable[[Alembic, Any], object]] = {
+    "branch": lambda e, x: e.revision("m", empty=True, branch=x),
+    "message": lambda e, x: e.revision(x, empty=True),
+    "database-read": lambda e, x: e.current([x]),
+    "database-run": lambda e, x: e.upgrade(database=[x]),
+}
+
+
+@mark.parametrize("name", TAKE_A_NAME)
+@mark.parametrize("wrong", [None, 5], ids=repr)
+def test_argument_of_a_wrong_type(
+    sqlite_project: Project, name: str, wrong: object
+) -> None:
+    """Is a clear error or works; never somebody else's ``AttributeError``."""
+    errors = (CommandError, FlaskAlembicError)
+
+    with sqlite_project.context() as extension, contextlib.suppress(*errors):
+        TAKE_A_NAME[name](extension, wrong)
+
+
 @fixture
 def branched_project(sqlite_project: Project) -> Project:
     """Two branches, one that depends on the first, and two that are merged."""
@@ -2032,17 +2323,17 @@ def test_relative_downgrade_from_several_branches_is_refused(
 
 
 def test_relative_downgrade_from_a_merge_is_refused(branched_project: Project) -> None:
-    """In words of ours, with no raw sentence of Alembic's."""
+    """In words of ours, with the choices, and no raw sentence of Alembic's."""
     set_rows(branched_project.url, "mm")
+    choices = r"(?s)(?=.*'-1')(?=.*c1)(?=.*d1)"
 
-    with (
-        branched_project.context() as extension,
-        raises(CommandError, match="'-1'") as caught,
-    ):
-        extension.downgrade(-1)
+    with branched_project.context() as extension:
+        with raises(CommandError, match=choices) as caught:
+            extension.downgrade(-1)
 
-    assert "Ambiguous walk" not in str(caught.value)
-    assert branched_project.versions == {"mm"}
+        assert "Ambiguous walk" not in str(caught.value)
+        assert branched_project.versions == {"mm"}
+        assert ids(extension.downgrade("c1")) == ["mm"]
 
 
 HEADS = {"a2", "b1", "mm", "x1"}
@@ -2137,6 +2428,47 @@ def test_broken_history(
     assert sqlite_project.tables == set()
 
 
+def test_message_names_the_files(sqlite_project: Project) -> None:
+    app = sqlite_project.app
+    file = sqlite_project.write("aa")
+    assert_one_line(invoke_db(app, "upgrade", "nope"), "'nope'", "flask db log")
+    orphan = sqlite_project.write("bb", "lost")
+    assert_one_line(invoke_db(app, "upgrade"), str(orphan), "'lost'")
+    orphan.unlink()
+    copy = shutil.copy(file, file.with_name("copy.py"))
+    assert_one_line(invoke_db(app, "upgrade"), str(file), str(copy))
+
+
+#: Looks at the heads, twice each way, and tells which folders were read.
+LIST_FOLDERS = """
+import sys
+from app import Alembic, app, engine, metadata
+
+alembic = Alembic(app, metadatas=metadata, engines=engine)
+listing = {"os.scandir", "os.listdir"}
+sys.addaudithook(lambda name, args: name in listing and print(args[0]))
+with app.app_context():
+    for recursive in (False, True):
+        app.config["ALEMBIC"]["recursive_version_locations"] = recursive
+        alembic._get_cache().clear()
+        print(len(alembic.heads()), "heads")
+        print(len(alembic.heads()), "heads")
+"""
+
+
+def test_only_recursive_locations_are_walked(tmp_path: Path) -> None:
+    """A virtual environment may lie below."""
+    site = write_site(tmp_path)
+    write_revision(site / "migrations", "aa")
+    write_revision(site / "migrations" / "walked" / "lib", "bb")
+    listed = run_python(site, "-c", LIST_FOLDERS, URL="sqlite://").stdout
+    flat, *recursive, _ = listed.split("heads\n")[1:]
+    assert flat.endswith("\n1 ")
+    assert "walked" not in flat
+    assert [each.endswith("\n2 ") for each in recursive] == [True, True]
+    assert "walked" in recursive[0]
+
+
 # -- Environment -----------------------------------------------------------------------
 
 
@@ -2157,6 +2489,174 @@ def test_run_migrations_with_an_own_step_function(sqlite_project: Project) -> No
 
     assert sqlite_project.tables == {"users_17"}
     assert sqlite_project.versions == {"aa"}
+
+
+def test_subclass_may_wrap_the_step_function(
+    make_project: MakeProject, hold_lock: HoldLock
+) -> None:
+    """The job, with its purge, its look before the lock and its retry, is kept."""
+
+    class Wrapping(Alembic):
+        def run_migrations(self, fn: Any, **kwargs: Any) -> None:
+            super().run_migrations(lambda *args: fn(*args), **kwargs)
+
+    project = make_project("sqlite", extension=Wrapping)
+    project.write("aa")
+    project.write("bb", "aa", f"{CREATE_EARLY_BY_SCRIPT}{CALL_TEST}")
+    project.write("cc", "bb")
+    project.upgrade("aa")
+    move = "UPDATE alembic_version SET version_num = '{}'".format
+
+    with project.context() as extension:
+        # Another process is faster, while the revision's script has freed the lock.
+        project.app.config["CALL"] = lambda _: execute(project.url, move("bb"))
+        assert ids(extension.upgrade())[-1:] == ["cc"]
+        execute(project.url, move("gone"))
+        assert ids(extension.stamp("cc", purge=True)) == ["cc"]
+        hold_lock(project)
+        assert extension.upgrade() == []
+
+    assert project.versions == {"cc"}
+
+
+@mark.parametrize(
+    ("method", "body", "after"),
+    [
+        param("upgrade", "pass", {"aa"}, id="upgrade"),
+        param("upgrade", "1 / 0", set(), id="failure"),
+        param("stamp", "pass", {"aa"}, id="stamp"),
+    ],
+)
+def test_uncommitted_work_of_a_caller_is_rolled_back(
+    project: Project, method: str, body: str, after: set[str]
+) -> None:
+    """When the run begins, as it would be at the end of the context."""
+    execute(project.url, "CREATE TABLE own (id INTEGER)")
+    project.write("aa", None, body)
+
+    with project.context() as extension, contextlib.suppress(ZeroDivisionError):
+        extension.op.execute("INSERT INTO own VALUES (1)")
+        getattr(extension, method)()
+
+    assert query(project.url, "SELECT id FROM own") == []
+    assert project.versions == after
+
+
+def test_a_caller_who_has_read_does_not_notice(project: Project) -> None:
+    """What the run did is committed, and seen by the next connection."""
+    project.write("aa", None, CREATE_USERS)
+
+    with project.context() as extension:
+        for expected in (["aa"], []):
+            extension.migration_context.get_current_revision()
+            assert ids(extension.upgrade()) == expected
+            assert project.tables == {"users"}
+            assert project.versions == {"aa"}
+
+
+def test_missing_function_is_one_line(two_databases: Project) -> None:
+    """The file is named; nothing is recorded."""
+    two_databases.write("aa", functions="def upgrade_default(): pass")
+    assert_one_line(invoke_db(two_databases.app, "upgrade"), "aa.py", "'upgrade'")
+    assert two_databases.versions == set()
+
+
+LEFT_ALONE = (
+    "Database 'default' is left alone: it is at 'gone', which no revision file has."
+)
+PROBABLY_NEWER = (
+    "Error: Database 'default' is at 'gone', which no revision file has. Probably a"
+    " newer release has migrated it: deploy that release again, or let this one start"
+    " beside it with 'flask db upgrade --allow-newer'. If the file is lost, get it"
+    " back, or run 'flask db stamp --purge REVISION'.\n"
+)
+
+
+def test_database_of_a_newer_release_is_left_alone(
+    project: Project, hold_lock: HoldLock
+) -> None:
+    """Its known branch too, and without a wait for who migrates; else an error."""
+    project.write("aa")
+    newer = project.write("gone")
+    project.upgrade()
+    hold_lock(project)
+    newer.unlink()
+    project.write("bb", "aa")
+
+    with project.context() as extension:
+        assert extension.upgrade(allow_newer=True) == []
+        assert extension.status()["default"].unknown == ("gone",)
+
+    result = invoke_db(project.app, "upgrade", FLASK_DB_UPGRADE_ALLOW_NEWER="1")
+    assert (result.exit_code, result.stdout) == (0, "")
+    assert result.stderr.splitlines().count(LEFT_ALONE) == 1
+    assert error_line(project.app, "upgrade") == PROBABLY_NEWER
+    assert project.versions == {"aa", "gone"}
+
+
+def test_newer_database_keeps_no_other_from_its_migration(
+    two_databases: Project,
+) -> None:
+    """Without the option nothing is migrated, and the advice names the database."""
+    app = two_databases.app
+    two_databases.write("aa", functions=CREATE_TABLE_OF_EACH)
+    set_rows(two_databases.urls["default"], "gone")
+    assert_one_line(invoke_db(app, "upgrade"), "'gone'", "-n default")
+    assert table_names(two_databases.urls["audit"]) == set()
+
+    with two_databases.context() as extension:
+        assert ids(extension.upgrade(allow_newer=True)) == ["aa"]
+        extension.downgrade(database="audit")
+
+    result = invoke_db(app, "upgrade", "--allow-newer")
+    assert LEFT_ALONE in result.stderr.splitlines()
+    assert re.search("1/1  audit  aa", result.stderr)
+    assert versions(two_databases.urls["default"]) == {"gone"}
+    assert versions(two_databases.urls["audit"]) == {"aa"}
+
+
+def test_replicas_of_an_old_release_start_beside_a_newer_one(
+    make_project: MakeProject, tmp_path: Path, url: str
+) -> None:
+    """During its migration, for which they may have to wait, and after it."""
+    new = make_project(url)
+    old = write_site(tmp_path / "old")
+    write_revision(old / "migrations", "aa", None, CREATE_USERS)
+    new.write("aa", None, CREATE_USERS)
+    new.write("bb", "aa", CALL_TEST)
+    upgrade = ("db", "upgrade", "--allow-newer")
+    entered = threading.Event()
+    leave = threading.Event()
+
+    def stay(_: object) -> None:
+        entered.set()
+        leave.wait(60)
+
+    new.app.config["CALL"] = stay
+
+    with ThreadPoolExecutor() as pool:
+        running = pool.submit(new.upgrade)
+
+        try:
+            assert entered.wait(60)
+            replicas = start_forks(old, 3, *upgrade, URL=url)
+
+            if kind_of(url) == "postgresql":  # where 'aa' is not committed either
+                assert replicas.stderr
+                assert "Waiting" in replicas.stderr.readline()
+                leave.set()
+
+            during = finish_process(replicas)
+        finally:
+            leave.set()
+
+        assert running.result(60) == ["aa", "bb"]
+
+    after = finish_process(start_forks(old, 3, *upgrade, URL=url))
+    assert during.stdout.splitlines()[-1:] == ["[0, 0, 0]"], during.stderr
+    assert after.stdout.splitlines()[-1:] == ["[0, 0, 0]"], after.stderr
+    assert after.stderr.count("'default' is left alone: it is at 'bb'") == 3
+    assert versions(url) == {"bb"}
 
 
 def test_contexts_work_inside_a_revision(make_project: MakeProject) -> None:
@@ -2364,6 +2864,21 @@ def test_script_of_a_range(
     assert sqlite_project.tables == tables
 
 
+def test_script_goes_on_from_an_empty_version_table(project: Project) -> None:
+    """As after a downgrade to base: it must not begin by making the table."""
+    project.write("aa", None, CREATE_USERS, DROP_USERS)
+    project.upgrade()
+    assert project.command("downgrade", "base").exit_code == 0
+
+    for command in ("stamp", "upgrade"):
+        execute(project.url, "DELETE FROM alembic_version")
+        script = project.command(command, "--sql", "current:heads").stdout
+        feed_client(project.url, script)
+        assert project.versions == {"aa"}
+
+    assert project.tables == {"users"}
+
+
 def test_scripts_of_several_databases_have_headers(make_project: MakeProject) -> None:
     """The command prints them one after another, each under its name."""
     urls = {name: f"sqlite:////nowhere/{name}" for name in ("default", "logs")}
@@ -2423,6 +2938,12 @@ def test_revision_that_needs_a_connection_is_named(
 
     text = f"{caught.value}\n{all_notes(caught.value)}"
     assert re.search("(?s)(?=.*'aa')(?=.*connection)(?=.*(offline|SQL))", text)
+
+
+def test_batch_that_cannot_be_a_script_is_one_line(sqlite_project: Project) -> None:
+    body = "with op.batch_alter_table('t') as batch:\n    batch.drop_column('name')"
+    sqlite_project.write("aa", None, body)
+    assert_one_line(invoke_db(sqlite_project.app, "upgrade", "--sql"), "'aa'")
 
 
 ASYNC_SITE = SITE_APP.replace(
@@ -2639,27 +3160,6 @@ def test_sync_and_async_engines_side_by_side(
 
 # -- Guards ----------------------------------------------------------------------------
 
-#: Runs one ``flask`` command in eight processes. Forks of one that has imported all
-#: begin closer together than new interpreters would, and cost a tenth.
-RUN_IN_EIGHT_PROCESSES = """
-import os, sys
-import alembic.autogenerate, alembic.command, app, flask.cli
-
-gate, opener = os.pipe()
-children = []
-
-for _ in range(8):
-    if not (pid := os.fork()):
-        os.close(opener)
-        os.read(gate, 1)
-        sys.argv[0] = "flask"
-        flask.cli.main()
-
-    children.append(pid)
-
-os.close(opener)
-print([os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children])
-"""
 #: An application with three databases, whose URLs are the words of ``URL``.
 THREE_DATABASES_APP = """
     import os
@@ -2676,6 +3176,7 @@ THREE_DATABASES_APP = """
 CREATE_USERS_AND_FAIL = f'{CREATE_USERS}\nraise ValueError("not today")'
 CREATE_EARLY = 'op.execute("CREATE TABLE early (id INTEGER)")\n'
 CREATE_EARLY_AND_COMMIT = f'{CREATE_EARLY}op.execute("COMMIT")\n'
+CREATE_EARLY_AND_ROLL_BACK = f'{CREATE_EARLY}op.execute("ROLLBACK")\n'
 CREATE_EARLY_BY_SCRIPT = (
     "op.get_bind().connection.driver_connection"
     ".executescript('CREATE TABLE IF NOT EXISTS early (id INTEGER)')\n"
@@ -2689,6 +3190,13 @@ CREATE_LATE_AND_FAIL = 'op.execute("CREATE TABLE late (id INTEGER)")\n1 / 0'
 CALL_TEST_IN_BLOCK = f"""
 with op.get_context().autocommit_block():
 {textwrap.indent(CALL_TEST, "    ")}"""
+# What shows how often a revision ran: a price begins at one cent.
+RAISE_PRICE = 'op.execute("UPDATE price SET cents = cents * 100")\n'
+COMMIT = 'op.execute("COMMIT")\n'
+CREATE_INDEX_IN_BLOCK = """
+with op.get_context().autocommit_block():
+    op.execute("CREATE INDEX CONCURRENTLY IF NOT EXISTS i ON price (cents)")
+"""
 
 
 def write_counting_history(folder: Path, count: int) -> list[str]:
@@ -2711,12 +3219,13 @@ def write_counting_history(folder: Path, count: int) -> list[str]:
     return revs
 
 
-def run_eight_upgrades(site: Path, url: str, source: str = SITE_APP) -> None:
-    """Run eight ``flask db upgrade`` at the same moment, of which none may fail."""
+def run_eight_upgrades(
+    site: Path, url: str, source: str = SITE_APP, code: int = 0
+) -> None:
+    """Run eight ``flask db upgrade`` at the same moment, which all end alike."""
     write_site(site, source)
-    (site / "eight.py").write_text(RUN_IN_EIGHT_PROCESSES)
-    result = run_python(site, "eight.py", "db", "upgrade", URL=url)
-    assert result.stdout.splitlines()[-1:] == [str([0] * 8)], result.stderr
+    result = finish_process(start_forks(site, 8, "db", "upgrade", URL=url))
+    assert result.stdout.splitlines()[-1:] == [str([code] * 8)], result.stderr
 
 
 def type_advised(app: Flask, message: str, placeholder: str = "") -> None:
@@ -2747,6 +3256,26 @@ def test_eight_processes_run_each_once(tmp_path: Path, url: str) -> None:
     run_eight_upgrades(tmp_path, url)
     assert query(url, "SELECT rev FROM ran ORDER BY rev") == [(rev,) for rev in revs]
     assert versions(url) == {"r21"}
+
+
+@mark.postgresql
+@mark.parametrize(
+    ("end", "code"), [("1 / 0", 1), ("os.kill(os.getpid(), 9)", -9)], ids=["1", "-9"]
+)
+def test_eight_processes_run_once_what_has_committed(
+    tmp_path: Path, make_database: MakeDatabase, end: str, code: int
+) -> None:
+    """Each is ended in the next revision, by an error or by SIGKILL."""
+    url = make_database("postgresql")
+    execute(url, "CREATE TABLE price AS SELECT 1::bigint AS cents")
+    committing = RAISE_PRICE + CREATE_INDEX_IN_BLOCK
+    write_revision(tmp_path / "migrations", "r1", None, committing)
+    write_revision(
+        tmp_path / "migrations", "r2", "r1", f"import os\n{RAISE_PRICE}{end}"
+    )
+    run_eight_upgrades(tmp_path, url, code=code)
+    assert query(url, "SELECT cents FROM price") == [(100,)]
+    assert versions(url) == {"r1"}
 
 
 @mark.postgresql
@@ -2877,10 +3406,11 @@ def test_waiting_for_the_lock_is_told_and_can_be_interrupted(
 
 
 def test_lock_timeout_is_kept_at_a_locked_sqlite_file(
-    make_project: MakeProject, make_engine: MakeEngine
+    make_project: MakeProject, make_database: MakeDatabase, make_engine: MakeEngine
 ) -> None:
-    """SQLite's own patience, of five seconds, does not add to it."""
-    project = make_project("sqlite", migration_lock_timeout=0.5)
+    """Beside SQLite's own patience, which may add to it, and is none here."""
+    url = f"{make_database('sqlite')}?timeout=0"
+    project = make_project(url, migration_lock_timeout=0.5)
     project.write("aa")
     project.upgrade()
     project.write("bb", "aa")
@@ -2894,8 +3424,6 @@ def test_lock_timeout_is_kept_at_a_locked_sqlite_file(
 
         assert 0.5 <= caught.value.seconds <= time.monotonic() - start <= 1.5
         assert caught.value.database == "default"
-        impatient = make_engine(f"{project.url}?timeout=0")
-        project = make_project(project.url, engine=impatient)
 
         for command in ("current", "status", "check", "upgrade"):
             assert "lock" in error_line(project.app, command)
@@ -2903,9 +3431,10 @@ def test_lock_timeout_is_kept_at_a_locked_sqlite_file(
     assert project.upgrade() == ["bb"]
 
 
-def test_file_that_is_read_only_is_not_waited_for(
+def test_file_that_is_read_only(
     make_project: MakeProject, sqlite_project: Project, make_engine: MakeEngine
 ) -> None:
+    """It is not waited for, and no revision is blamed."""
     sqlite_project.write("aa")
     sqlite_project.upgrade()
     sqlite_project.write("bb", "aa")
@@ -2915,13 +3444,38 @@ def test_file_that_is_read_only_is_not_waited_for(
     with raises(OperationalError, match="readonly"):
         project.upgrade()
 
+    line = error_line(project.app, "upgrade")
+    assert re.search("read-?only", line)
+    assert "'bb'" not in line
+
+
+def test_query_only_database_is_one_line(sqlite_project: Project) -> None:
+    sqlite_project.write("aa")
+    set_pragma(sqlite_project, "query_only = ON")
+    assert_one_line(invoke_db(sqlite_project.app, "upgrade"), "readonly")
+
+
+def test_own_open_transaction_is_named(sqlite_project: Project) -> None:
+    """The application waits for itself, which 'who migrates it' would not tell."""
+    execute(sqlite_project.url, "CREATE TABLE own (id INTEGER)")
+    sqlite_project.write("aa")
+
+    with sqlite_project.engine.begin() as connection:
+        connection.exec_driver_sql("INSERT INTO own VALUES (1)")
+
+        with raises(MigrationLockTimeout, match="transaction"):
+            sqlite_project.upgrade()
+
+    assert query(sqlite_project.url, "SELECT id FROM own") == [(1,)]
+
 
 def test_wait_for_threads_is_bounded_and_forks_are_free(
     make_project: MakeProject,
 ) -> None:
-    """Alembic's ``op`` is global: a run waits for those on other databases too."""
+    """Alembic's ``op`` is global: a run or a comparison waits for any other run."""
     busy = make_project("sqlite")
     other = make_project("sqlite", migration_lock_timeout=0.2)
+    compared = make_project("sqlite", migration_lock_timeout=0.2)
     entered = threading.Event()
     leave = threading.Event()
 
@@ -2929,8 +3483,13 @@ def test_wait_for_threads_is_bounded_and_forks_are_free(
         entered.set()
         leave.wait(60)
 
+    def compare() -> bool:
+        with compared.context() as extension:
+            return extension.needs_revision()
+
     busy.app.config["CALL"] = stay
     busy.write("aa", None, CALL_TEST)
+    compared.upgrade()
 
     with ThreadPoolExecutor() as pool:
         running = pool.submit(busy.upgrade)
@@ -2938,8 +3497,9 @@ def test_wait_for_threads_is_bounded_and_forks_are_free(
         try:
             assert entered.wait(60)
 
-            with raises(MigrationLockTimeout):
-                pool.submit(other.upgrade).result(5)
+            for call in (other.upgrade, compare):
+                with raises(MigrationLockTimeout):
+                    pool.submit(call).result(5)
 
             with warnings.catch_warnings(action="ignore"):  # of forks beside threads
                 pid = os.fork()
@@ -2960,6 +3520,7 @@ def test_wait_for_threads_is_bounded_and_forks_are_free(
 
     assert busy.versions == {"aa"}
     assert other.versions == {"aa"}
+    assert not compare()
 
 
 def test_whatever_writes_takes_the_lock(project: Project, hold_lock: HoldLock) -> None:
@@ -3147,18 +3708,97 @@ def test_note_of_a_failure_is_true(
     assert project.upgrade() == (["bb"] if left else ["aa", "bb"])
 
 
-def test_revision_that_commits_by_itself_is_recorded(project: Project) -> None:
-    """Whatever becomes of the next one."""
-    project.write("aa", None, CREATE_EARLY_AND_COMMIT)
-    project.write("bb", "aa", "1 / 0")
+@mark.parametrize(
+    ("kind", "context", "body"),
+    [
+        on(
+            "sqlite",
+            {},
+            f"op.execute('DELETE FROM parent')\n{CREATE_EARLY_BY_SCRIPT}",
+            name="refused",
+        ),
+        on("sqlite", {}, f"{CREATE_EARLY_BY_SCRIPT}{CALL_TEST}", name="commit-fails"),
+        on("sqlite", {}, f"{CREATE_EARLY_AND_ROLL_BACK}1 / 0", name="rolled-back"),
+        on(
+            "sqlite",
+            {},
+            f"{CREATE_EARLY_AND_ROLL_BACK}{CREATE_EARLY}1 / 0",
+            name="and-more",
+        ),
+        on("postgresql", {}, f"{CREATE_EARLY_AND_ROLL_BACK}1 / 0", name="rolled-back"),
+        on(
+            "postgresql",
+            {},
+            f"{CREATE_EARLY_AND_ROLL_BACK}{CREATE_EARLY}1 / 0",
+            name="and-more",
+        ),
+        on("mariadb", {}, f"{CREATE_EARLY_AND_ROLL_BACK}1 / 0", name="rolled-back"),
+        on("postgresql", NO_DDL_TRANSACTION, f"{CREATE_EARLY}1 / 0", name="no"),
+    ],
+)
+def test_advice_is_given_where_something_stays(
+    make_project: MakeProject, kind: str, context: dict[str, Any], body: str
+) -> None:
+    """And nowhere else, whatever ended the transaction, and when."""
+    project = make_project(kind, context=context)
 
-    with raises(ZeroDivisionError):
-        project.upgrade()
+    if kind == "sqlite":
+        make_family(project)
+        set_pragma(project, "busy_timeout = 0")
 
+    project.write("aa")
+    project.upgrade()
+    project.write("bb", "aa", body)
+
+    with contextlib.ExitStack() as stack:
+
+        def read(_: object) -> None:
+            """Hold a lock that lets others write, but not commit."""
+            other = sqlite3.connect(str(project.engine.url.database))
+            stack.enter_context(contextlib.closing(other)).execute("BEGIN")
+            other.execute("SELECT * FROM parent").fetchall()
+
+        project.app.config["CALL"] = read
+
+        with raises((ArithmeticError, DBAPIError, FlaskAlembicError)) as caught:
+            project.upgrade()
+
+    notes = all_notes(caught.value)
     assert project.versions == {"aa"}
-    project.write("bb", "aa", CREATE_USERS)
-    assert project.upgrade() == ["bb"]
-    assert project.tables == {"early", "users"}
+    assert "'aa'" in notes
+    assert ("db stamp" in notes) == ("early" in project.tables)
+    assert ("stay" in notes) == ("early" in project.tables)
+
+
+@mark.parametrize(
+    ("kind", "commit"),
+    [
+        on("sqlite", COMMIT),
+        on("postgresql", COMMIT),
+        on("postgresql", CREATE_INDEX_IN_BLOCK, name="block"),
+        on("mariadb", COMMIT),
+    ],
+)
+def test_what_has_committed_is_recorded(
+    make_project: MakeProject, kind: str, commit: str
+) -> None:
+    """A later revision that fails takes back nothing of one that committed."""
+    project = make_project(kind)
+    create = "CREATE TABLE price (cents BIGINT)"
+    execute(project.url, create, "INSERT INTO price VALUES (1)")
+    project.write("r1", None, RAISE_PRICE + commit)
+    project.write("r2", "r1", f"{RAISE_PRICE}1 / 0")
+
+    for _ in range(2):
+        with raises(ZeroDivisionError):
+            project.upgrade()
+
+        assert query(project.url, "SELECT cents FROM price") == [(100,)]
+        assert project.versions == {"r1"}
+
+    project.write("r2", "r1", RAISE_PRICE)
+    assert project.upgrade() == ["r2"]
+    assert query(project.url, "SELECT cents FROM price") == [(10000,)]
 
 
 @mark.parametrize(
@@ -3413,6 +4053,32 @@ def test_lock_timeout(
     assert values == expected
 
 
+@mark.parametrize(
+    ("kind", "question"),
+    [
+        on("postgresql", "SHOW lock_timeout"),
+        on("mariadb", "SELECT @@lock_wait_timeout"),
+    ],
+)
+def test_closed_bind_keeps_neither_lock_nor_limit(
+    make_project: MakeProject, kind: str, question: str
+) -> None:
+    """A revision may close the connection; the pool gets nothing of the run's."""
+    project = make_project(kind, lock_timeout=2)
+    project.write("aa", None, 'with op.get_bind():\n    op.execute("SELECT 1")')
+
+    with contextlib.suppress(SQLAlchemyError, FlaskAlembicError):
+        project.upgrade()
+
+    with project.engine.connect() as connection:
+        found = connection.exec_driver_sql(question).all()
+        assert [tuple(row) for row in found] == query(project.url, question)
+
+    project.write("aa")
+    project.write("bb", "aa")
+    assert make_project(project.url).upgrade()[-1] == "bb"
+
+
 @mark.postgresql
 def test_lock_that_was_lost_is_a_warning(
     make_project: MakeProject, caplog: pytest.LogCaptureFixture
@@ -3428,10 +4094,10 @@ def test_lock_that_was_lost_is_a_warning(
     assert caplog.records[-1] is record
 
 
-def set_pragmas(driver_connection: sqlite3.Connection, _: object) -> None:
-    """What careful applications do with SQLite."""
-    driver_connection.execute("PRAGMA foreign_keys = ON")
-    driver_connection.execute("PRAGMA busy_timeout = 1234")
+def set_pragma(project: Project, pragma: str) -> None:
+    """Have each of the application's SQLite connections begin with a pragma."""
+    statement = f"PRAGMA {pragma}"
+    event.listen(project.engine, "connect", lambda each, _: each.execute(statement))
 
 
 def state_of_connection(engine: sa.Engine) -> dict[str, Any]:
@@ -3473,12 +4139,13 @@ def test_sqlite_connection_is_atomic_and_goes_back_as_it_came(
     """Pragmas, isolation level, listeners: all is the application's, also in memory."""
     url = "sqlite://" if "poolclass" in options else make_database("sqlite")
     engine = make_engine(url, **options)
-    event.listen(engine, "connect", set_pragmas)
+    project = make_project(url, engine=engine)
+    set_pragma(project, "foreign_keys = ON")
+    set_pragma(project, "busy_timeout = 1234")
 
     if options is BEGINS:
         event.listen(engine, "begin", lambda each: each.exec_driver_sql("BEGIN"))
 
-    project = make_project(url, engine=engine)
     before = state_of_connection(engine)
     project.write("aa", None, CREATE_EARLY)
     assert project.upgrade() == ["aa"]
@@ -3533,33 +4200,41 @@ def test_engine_in_autocommit_is_migrated_atomically(
     assert query(url, "SELECT id FROM kept") == [(1,)]
 
 
-#: A key on a column that is not unique, which SQLite cannot check.
-MISMATCH = "CREATE TABLE odd (name VARCHAR(9) REFERENCES parent (name))"
-
-
-@fixture(params=["SELECT 1", MISMATCH], ids=["sound", "mismatch"])
-def family_project(request: pytest.FixtureRequest, sqlite_project: Project) -> Project:
-    """One with foreign keys on, and parents and children, of which one is an orphan."""
-    event.listen(sqlite_project.engine, "connect", set_pragmas)
+def make_family(project: Project) -> None:
+    """Enforce foreign keys; make parents and children, of which one is an orphan."""
+    set_pragma(project, "foreign_keys = ON")
     execute(
-        sqlite_project.url,
+        project.url,
         "CREATE TABLE parent (id INTEGER PRIMARY KEY, name VARCHAR(9))",
         "CREATE TABLE child (id INTEGER PRIMARY KEY,"
         " parent_id INTEGER REFERENCES parent (id) ON DELETE CASCADE)",
         "INSERT INTO parent (id, name) VALUES (1, 'a'), (2, 'b')",
         "INSERT INTO child (id, parent_id) VALUES (1, 1), (2, 1), (3, 2), (4, 99)",
-        request.param,
     )
+
+
+@fixture
+def family_project(sqlite_project: Project) -> Project:
+    """One with a family on SQLite."""
+    make_family(sqlite_project)
     return sqlite_project
 
 
-def test_batch_migration_keeps_the_children(family_project: Project) -> None:
+#: A key on a column that is not unique, which SQLite cannot check.
+MISMATCH = "CREATE TABLE odd (name VARCHAR(9) REFERENCES parent (name))"
+
+
+@mark.parametrize("further", ["SELECT 1", MISMATCH], ids=["sound", "mismatch"])
+def test_batch_migration_keeps_the_children(
+    family_project: Project, further: str
+) -> None:
     """Dropping the parent must not cascade, and orphans from before do not block."""
     batch = """
         with op.batch_alter_table("parent", recreate="always") as batch:
             batch.alter_column("name", new_column_name="title")
     """
     url = family_project.url
+    execute(url, further)
     family_project.write("aa", None, batch)
     family_project.write("bb", "aa", 'op.rename_table("child", "kid")')
     assert family_project.upgrade() == ["aa", "bb"]
@@ -3568,8 +4243,27 @@ def test_batch_migration_keeps_the_children(family_project: Project) -> None:
     assert query(url, "SELECT title FROM parent ORDER BY id") == [("a",), ("b",)]
 
 
-def test_revision_that_orphans_rows_is_refused(family_project: Project) -> None:
+def test_foreign_keys_are_on_in_a_block(family_project: Project) -> None:
+    """As the application has them; after it a batch must not cascade again."""
+    body = """
+        with op.get_context().autocommit_block():
+            op.execute("DELETE FROM parent WHERE id = 1")
+
+        with op.batch_alter_table("parent", recreate="always") as batch:
+            batch.add_column(sa.Column("size", sa.Integer))
+    """
+    family_project.write("aa", None, body)
+    assert family_project.upgrade() == ["aa"]
+    rows = query(family_project.url, "SELECT id, parent_id FROM child ORDER BY id")
+    assert rows == [(3, 2), (4, 99)]
+
+
+@mark.parametrize("further", ["SELECT 1", MISMATCH], ids=["sound", "mismatch"])
+def test_revision_that_orphans_rows_is_refused(
+    family_project: Project, further: str
+) -> None:
     """Foreign keys are off for the run, so each table's are checked before a commit."""
+    execute(family_project.url, further)
     family_project.write("aa", None, CREATE_USERS)
     family_project.write("bb", "aa", 'op.execute("DELETE FROM parent WHERE id = 1")')
 
@@ -3580,6 +4274,20 @@ def test_revision_that_orphans_rows_is_refused(family_project: Project) -> None:
     assert family_project.tables - {"odd"} == {"parent", "child", "users"}
     assert family_project.versions == {"aa"}
     assert query(family_project.url, "SELECT count(*) FROM parent") == [(2,)]
+
+
+def test_orphans_of_a_dropped_table_do_not_count(family_project: Project) -> None:
+    """They license none in another table."""
+    url = family_project.url
+    execute(url, "CREATE TABLE kid (parent_id INTEGER REFERENCES parent)")
+    execute(url, "INSERT INTO kid VALUES (2)")
+    body = 'op.drop_table("child")\nop.execute("DELETE FROM parent WHERE id = 2")'
+    family_project.write("aa", None, body)
+
+    with raises(FlaskAlembicError, match="'kid'"):
+        family_project.upgrade()
+
+    assert query(url, "SELECT count(*) FROM parent") == [(2,)]
 
 
 @mark.parametrize("pool", [sa.StaticPool, sa.SingletonThreadPool])
@@ -3720,6 +4428,42 @@ def test_file_is_written_only_when_something_changed(sqlite_project: Project) ->
     assert len(files(app)) == 2
 
 
+def test_revision_says_what_deserves_a_look(sqlite_project: Project) -> None:
+    """Not a column with a server default, and not one of a new table."""
+    project = sqlite_project
+    customer = "CREATE TABLE customer (id INTEGER NOT NULL PRIMARY KEY, surname TEXT)"
+    execute(project.url, customer, "CREATE TABLE gone (id INTEGER)")
+    country = sa.Column("country", sa.String, nullable=False)
+    city = sa.Column("city", sa.String, nullable=False, server_default="Rome")
+    add_table(project.metadata, "customer", country, city)
+    name = sa.Column("name", sa.String, nullable=False)
+    add_table(project.metadata, "new", name)
+    result = invoke_db(project.app, "revision", "look")
+    [file] = project.folder.glob("*_look.py")
+    assert result.stdout == f"{file}\n"
+    looks = re.findall("^Look at it: (.+)$", result.stderr, re.M)
+    assert sorted(looks) == [
+        "column 'customer.country' is NOT NULL without a server default, which fails"
+        " where the table has rows.",
+        "column 'customer.surname' is dropped, and its data is lost. A rename?",
+        "table 'gone' is dropped, and its data is lost. A rename?",
+    ]
+
+
+def test_env_py_is_said_not_to_run(make_project: MakeProject, tmp_path: Path) -> None:
+    """Once, by the commands that it would have had a say in."""
+    folder = tmp_path / "migrations"
+    write_revision(folder / "versions", "aa")
+    (folder / "env.py").write_text("1 / 0")
+    project = make_project("sqlite")
+    line = f"'{folder}/env.py' is not run: what it sets belongs into ALEMBIC and"
+
+    for command, count in (("upgrade", 0), ("revision", 1), ("check", 1)):
+        result = invoke_db(project.app, command)
+        assert result.exit_code == 0
+        assert result.stderr.count(f"{line} ALEMBIC_CONTEXT.\n") == count
+
+
 @mark.parametrize(
     "options",
     [
@@ -3785,6 +4529,29 @@ def test_refused_revision(
     set_rows(sqlite_project.url, *rows)
     assert re.search(words, error_line(sqlite_project.app, "revision second"))
     assert files(sqlite_project.app) == {f"{rev}.py" for rev in history}
+
+
+def test_missing_program_of_a_write_hook_is_named(make_project: MakeProject) -> None:
+    """Not the folder."""
+    hook = {"hooks": "own", "own.type": "exec", "own.executable": "no_such_program"}
+    project = make_project("sqlite", post_write_hooks=hook)
+    result = invoke_db(project.app, "revision", "--empty", "x")
+    *_, error = result.stderr.splitlines()
+    assert result.exit_code == 1
+    assert re.match("Error: .*no_such_program", error)
+    assert "Cannot write" not in error
+
+
+def test_path_of_a_wrong_type_is_named(sqlite_project: Project) -> None:
+    """Not the configuration."""
+    wrong: Any = 5
+
+    with sqlite_project.context() as extension, raises(Exception) as caught:
+        extension.revision("x", empty=True, path=wrong)
+
+    assert isinstance(caught.value, (CommandError, FlaskAlembicError))
+    assert "path" in str(caught.value)
+    assert "ALEMBIC" not in str(caught.value)
 
 
 def test_labelled_history_is_not_forked(sqlite_project: Project) -> None:
@@ -4326,7 +5093,7 @@ class NamesOtherFolder(Alembic):
     def config(self) -> Config:
         config = super().config
         root = current_app.root_path
-        locations = os.pathsep.join([f"{root}/migrations", f"{root}/other"])
+        locations = f"{root}/migrations\n{root}/other"
         config.set_main_option("version_locations", locations)
         return config
 
@@ -4365,6 +5132,26 @@ def test_quick_look_leaves_other_places_to_alembic(
         assert extension.needs_upgrade()
 
     assert project.upgrade() == ["bbb"]
+
+
+@mark.parametrize("wrong", ["(NULL)", "('')", "('aa'), (NULL)", "('aa'), ('')"])
+def test_row_without_an_id(sqlite_project: Project, wrong: str) -> None:
+    """All agree on whether it means anything, and none ends in a traceback."""
+    sqlite_project.write("aa")
+    execute(
+        sqlite_project.url,
+        "CREATE TABLE alembic_version (version_num VARCHAR(32))",
+        f"INSERT INTO alembic_version VALUES {wrong}",
+    )
+
+    for line in ("status", "current", "check", "upgrade"):
+        result = invoke_db(sqlite_project.app, line)
+        assert "Traceback" not in result.output
+
+    with sqlite_project.context() as extension:
+        is_unknown = bool(extension.status()["default"].unknown)
+
+    assert (result.exit_code == 1) == is_unknown
 
 
 #: Tells what 'upgrade' reads, in order, and what it imports.
@@ -4478,7 +5265,7 @@ def test_command_takes(names: str, expected: str) -> None:
 
     for parameter in command.params:
         if not isinstance(parameter, click.Option):
-            taken.add(str(parameter.metavar).strip("[]."))
+            taken.add(parameter.human_readable_name.strip("[]"))
         elif not parameter.hidden:
             assert (parameter.help or "").endswith(".")
             assert parameter.multiple == (
@@ -4540,6 +5327,30 @@ def test_commands_take_the_extension_from_the_application(
 def test_command_name_of_the_group(app: Flask, name: str, expected: set[str]) -> None:
     Alembic(app, command_name=name)
     assert {"db", "schema", ""} & {*app.cli.commands} == expected
+
+
+@mark.parametrize("line", ["status", "upgrade nope"])
+def test_advice_names_the_commands_as_they_are_mounted(
+    app: Flask, make_engine: MakeEngine, line: str
+) -> None:
+    engine = make_engine("sqlite://")
+    Alembic(app, command_name="migrations", metadatas=sa.MetaData(), engines=engine)
+    result = app.test_cli_runner().invoke(args=["migrations", *line.split()])
+    assert re.search("flask migrations (log|revision)", result.output)
+    assert "flask db" not in result.output
+
+
+def test_what_a_command_did_is_said(sqlite_project: Project) -> None:
+    """Where nothing else would be seen."""
+    app = sqlite_project.app
+    folder = sqlite_project.folder
+    first = "'flask db revision MESSAGE' makes the first"
+    assert db_stdout(app, "status") == f"default: no revisions yet\n  {first}\n"
+    shutil.rmtree(folder)
+    assert invoke_db(app, "mkdir").stderr == f"Made '{folder}'.\n"
+    assert invoke_db(app, "init").stderr == f"'{folder}' is there already.\n"
+    result = invoke_db(app, "stamp", "base")
+    assert result.stderr == "Stamped: no revision is recorded.\n"
 
 
 @mark.parametrize(
@@ -4616,6 +5427,28 @@ def test_wrong_usage(three_tables: Project, line: str) -> None:
     assert three_tables.versions == {"x1"}
 
 
+@mark.parametrize("line", ["upgrade --sqll", "downgrade -1 --sqll"])
+def test_option_that_does_not_exist_is_clicks_error(
+    three_tables: Project, line: str
+) -> None:
+    """Where a target may begin with a minus, too."""
+    result = invoke_db(three_tables.app, *line.split())
+    assert result.exit_code == 2
+    assert re.search(r"No such option.*--sqll.*--sql\b", result.stderr)
+
+
+def test_options_of_flask_migrate(sqlite_project: Project) -> None:
+    """The one that means nothing is taken, and another says where that is set."""
+    app = sqlite_project.app
+    db_stdout(app, "migrate --autogenerate -m one")
+    assert "--autogenerate" not in db_stdout(app, "revision --help")
+
+    for line in ("upgrade -d x", "init -d x", "check --directory x"):
+        result = invoke_db(app, *line.split())
+        assert (result.exit_code, result.stdout) == (2, "")
+        assert "ALEMBIC['script_location']" in result.stderr
+
+
 def test_options_come_from_the_environment(three_tables: Project) -> None:
     """Under the name that was typed, which for an alias is the alias."""
     app = three_tables.app
@@ -4649,7 +5482,10 @@ def test_progress_in_a_pipe(three_tables: Project) -> None:
     assert "\x1b" not in result.stderr
     result = invoke_db(three_tables.app, "downgrade", "1")
     assert_progress(result.stderr.splitlines(), "1/1  x3  add tags")
-    result = invoke_db(three_tables.app, "downgrade", "-q", "-2", "-n", "default")
+    db_stdout(three_tables.app, "downgrade -1")
+    assert three_tables.versions == {"x1"}
+    db_stdout(three_tables.app, "upgrade")
+    result = invoke_db(three_tables.app, "downgrade", "-q", "-3", "-n", "default")
     assert result.output == ""
     assert three_tables.versions == set()
 
@@ -4719,6 +5555,22 @@ def test_check_says_changes_once(
     assert not caplog.records
 
 
+def test_check_fails_where_models_or_files_are_missing(sqlite_project: Project) -> None:
+    app = sqlite_project.app
+    file = sqlite_project.write("gone")
+    sqlite_project.upgrade()
+    db_stdout(app, "check")
+    execute(sqlite_project.url, "CREATE TABLE users (id INTEGER)")
+    result = invoke_db(app, "check")
+    assert result.exit_code == 1
+    assert "import" in result.output
+    execute(sqlite_project.url, "DROP TABLE users")
+    file.unlink()
+    result = invoke_db(app, "check")
+    assert result.exit_code == 1
+    assert "'gone'" in result.output
+
+
 def test_check_gives_the_line_that_merges(three_tables: Project) -> None:
     three_tables.write("x1", None, labels="default")
     three_tables.write("y3", "x2", labels="more")
@@ -4727,7 +5579,9 @@ def test_check_gives_the_line_that_merges(three_tables: Project) -> None:
     assert result.exit_code == 1
     [line] = re.findall("flask db (merge .*x3 y3)", result.stdout)
     db_stdout(three_tables.app, f"{line} -l one --rev-id z9")
-    assert "one) (head) (mergepoint)" in db_stdout(three_tables.app, "heads")
+    shown = r"x3, y3 -> z9 \((.+), (.+), (.+)\) \(head\) \(mergepoint\), merge heads\n"
+    [labels] = re.findall(shown, db_stdout(three_tables.app, "heads"))
+    assert set(labels) == {"default", "more", "one"}
 
 
 def test_heads_and_branches_look_as_in_the_predecessor(sqlite_project: Project) -> None:
@@ -4842,19 +5696,33 @@ def test_closed_pipe_is_no_error(three_tables_site: Path) -> None:
     process.wait(timeout=60)
 
 
-def test_traceback_begins_at_the_revision(three_tables_site: Path) -> None:
-    """With -v, which may come from the environment, it is whole."""
-    file = write_revision(three_tables_site / "migrations", "x1", None, "1 / 0")
-    brief = flask_db(three_tables_site, "upgrade")
-    whole = flask_db(three_tables_site, "upgrade", FLASK_DB_UPGRADE_VERBOSE="1")
-    top = rf'Traceback \(most .*\):\n  File "{file}", line \d+, in upgrade\n    1 / 0'
-    assert re.search(top, brief.stderr)
-    assert whole.stderr.count("\n  File ") > brief.stderr.count("\n  File ")
+def test_failing_revision_prints_what_helps(sqlite_project: Project) -> None:
+    """Its own frames, the message and statement, where all stands; more with -v."""
+    functions = """
+        def fill():
+            op.execute("INSERT INTO nowhere VALUES (1)")
 
-    for run in (brief, whole):
-        assert (run.returncode, run.stdout) == (1, "")
-        last = r"in upgrade\n    1 / 0[^/]+\nZeroDivisionError: .*\n.*'x1'[\s\S]+\Z"
-        assert re.search(last, run.stderr)
+        def upgrade():
+            fill()
+    """
+    sqlite_project.write("aa")
+    file = sqlite_project.write("bb", "aa", functions=functions)
+    result = invoke_db(sqlite_project.app, "upgrade")
+    assert (result.exit_code, result.stdout) == (1, "")
+    brief = result.stderr
+    frames = re.findall(r'File "(.+)", line \d+, in (\w+)', brief)
+    assert frames == [(str(file), "upgrade"), (str(file), "fill")]
+    assert "no such table: nowhere" in brief
+    assert brief.count("INSERT INTO nowhere VALUES (1)") == 2
+    note = (
+        f"Revision 'bb' ('{file}') failed.\n"
+        "Database 'default' is at 'aa': what was not committed is rolled back.\n"
+    )
+    assert brief.endswith(note)
+    assert len(brief.splitlines()) <= 14
+    whole = invoke_db(sqlite_project.app, "upgrade", FLASK_DB_UPGRADE_VERBOSE="1")
+    assert whole.stderr.count('\n  File "') > 10
+    assert whole.stderr.endswith(note)
 
 
 #: Runs a command in a terminal, whose carriage returns a pipe would lose.
@@ -4901,6 +5769,22 @@ def test_progress_of_a_process(
     assert len(logged) == (3 if logging_on else 0)
 
 
+@mark.parametrize("line", ["status", "upgrade nope"])
+def test_colour_is_for_terminals(three_tables_site: Path, line: str) -> None:
+    """What is pending and what went wrong; none where NO_COLOR is set."""
+
+    def show(no_color: str) -> str:
+        command = ("-c", RUN_IN_TERMINAL, *line.split())
+        env = {"TERM": "xterm", "NO_COLOR": no_color}
+        return run_python(three_tables_site, *command, **env).stdout
+
+    colour = show("")
+    plain = show("1")
+    assert "\x1b[" in colour
+    assert "\x1b[" not in plain
+    assert on_screen(colour) == on_screen(plain)
+
+
 # -- README ----------------------------------------------------------------------------
 
 README = Path(__file__).with_name("README.md").read_text("utf-8")
@@ -4924,6 +5808,50 @@ def test_readme_python_block_runs(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "app.py").write_text(readme_blocks("python")[number])
     runpy.run_path(str(tmp_path / "app.py"))
+
+
+#: Tests that leave rows, an open transaction that wrote some, and what would fail.
+README_TESTS = """
+import pytest
+from app import User, db
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_user(app, number):
+    assert db.session.query(User).count() == 0
+    db.session.add(User(name="kept"))
+    db.session.commit()
+    db.session.add(User(name="open"))
+    db.session.flush()
+    assert db.session.query(User).count() == 2
+    db.session.add(User())  # which cannot be written
+"""
+#: Writes the first revision, and runs the tests.
+RUN_README_TESTS = """
+import sys
+import pytest
+from app import create_app
+
+runner = create_app(sys.argv[1]).test_cli_runner()
+result = runner.invoke(args=["db", "revision", "add users"])
+assert result.exit_code == 0, result.output
+sys.exit(pytest.main(["-p", "no:cacheprovider"]))
+"""
+
+
+def test_readme_conftest_works_beside_an_open_transaction(
+    tmp_path: Path, url: str
+) -> None:
+    """Each test finds the tables empty, whatever the one before left behind."""
+    [conftest] = readme_blocks("py")
+    example = '"sqlite:///test.db"'
+    assert example in conftest
+    site = write_site(tmp_path, readme_blocks("python")[0])
+    (site / "conftest.py").write_text(conftest.replace(example, repr(url)))
+    (site / "test_app.py").write_text(README_TESTS)
+    alone = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    result = run_python(site, "-c", RUN_README_TESTS, url, **alone)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "2 passed" in result.stdout
 
 
 def test_readme_configuration_table_has_the_defaults() -> None:
