@@ -79,7 +79,6 @@ __all__ = [
 
 _R = TypeVar("_R")
 _Ids: TypeAlias = "tuple[str, ...]"
-Scripts: TypeAlias = "tuple[Script, ...]"
 _Names: TypeAlias = "cabc.Iterable[str]"
 _Options: TypeAlias = "dict[str, Any]"
 #: What a context manager's function returns.
@@ -210,7 +209,7 @@ class Alembic:
         self.command_name = command_name
         self.metadatas: dict[str, MetadataOption] = _by_name(metadatas)  #: By database.
         self.engines: dict[str, EngineOption] = _by_name(engines)  #: By database.
-        #: Of what an application, and a context of it, has of ours.
+        #: Key of our state in an application's extensions, and in ``flask.g``.
         self._key = f"_flask_alembic_{id(self)}"
 
         if app is not None:
@@ -230,7 +229,7 @@ class Alembic:
             app.cli.add_command(cli, name)
 
         if self.run_mkdir if run_mkdir is None else run_mkdir:
-            settings = _read_settings(app)  # not kept, for it may be changed yet
+            settings = _read_settings(app)  # not kept: it may still change
 
             with suppress(FlaskAlembicError):
                 _make_folders(settings, self.metadatas)
@@ -245,7 +244,7 @@ class Alembic:
         if cache.config is None:
             config = Config()
             config.file_config.read_dict(cache.settings.sections)
-            cache.config = config  # at last, for other threads may use it at once
+            cache.config = config  # assigned last: other threads may use it at once
 
         return cache.config
 
@@ -254,10 +253,13 @@ class Alembic:
         """The revision files; read again when one was added, removed or changed."""
         cache = self._get_cache()
 
-        if cache.script is None or cache.signature != _signature(cache.script):
-            cache.script, cache.signature = _load_history(self.config)
+        script = cache.script  # which another thread may forget at any time
 
-        return cache.script
+        if script is None or cache.signature != _signature(script):
+            script, cache.signature = _load_history(self.config)
+            cache.script = script
+
+        return script
 
     @property
     def environment_context(self) -> EnvironmentContext:
@@ -439,7 +441,7 @@ class Alembic:
         *,
         purge: bool = False,
         **options: Unpack[RunOptions],
-    ) -> Scripts:
+    ) -> Revisions:
         """Write ``target`` as if it had run; a branch that is not named keeps its row.
 
         :param target: One revision or several.
@@ -453,9 +455,10 @@ class Alembic:
     def run_migrations(self, fn: StepFunction, **kwargs: Any) -> None:
         """Run steps on the databases: the one way of every migration.
 
-        All locks are taken, then all transactions opened, the steps run, all committed;
-        on SQLite each revision is a transaction of its own. The error of a run that
-        failed has a note that says where each database stands.
+        All locks are taken, then all transactions opened, the steps run, all committed.
+        On SQLite, MySQL and MariaDB each revision is a transaction of its own, which on
+        SQLite is also the lock. The error of a run that failed has a note that says
+        where each database stands.
 
         :param fn: ``fn(heads, migration_context)`` returns the steps, perhaps anew.
         :param kwargs: Passed to each ``upgrade`` or ``downgrade`` function.
@@ -492,11 +495,11 @@ class Alembic:
         """Make the SQL script of a stamp, by database name."""
         return self._call(_run_offline, _Job("stamp", target, start), **options)
 
-    def current(self, database: DatabaseNames = None) -> Scripts:
+    def current(self, database: DatabaseNames = None) -> Revisions:
         """Get the revisions in the version tables; an unknown id is an error."""
         return self._call(_current, database=database)
 
-    def heads(self, resolve_dependencies: bool = False) -> Scripts:
+    def heads(self, resolve_dependencies: bool = False) -> Revisions:
         """Get the revisions that no other follows, nor, if so asked, depends on."""
         script = self.script_directory
         names = "heads" if resolve_dependencies else script.get_heads()
@@ -514,7 +517,9 @@ class Alembic:
         lower = _parse_target(script, start)
         upper = _parse_target(script, end)
 
-        with _explained(script, lower), _explained(script, upper):
+        _scripts(script, start)  # refused, if it is no revision
+
+        with _explained(script, upper):
             return list(script.walk_revisions(lower, upper))
 
     def status(self, database: DatabaseNames = None) -> dict[str, DatabaseStatus]:
@@ -613,7 +618,7 @@ class _Session:
     """What one method, or one application context, works on and has open."""
 
     extension: Alembic
-    outer: _Session | None  #: That this one is opened within; none, of a context.
+    outer: _Session | None  #: In which it was opened; None, of a context.
     job: _Job
     database: DatabaseNames = None
     tag: str | None = None
@@ -621,7 +626,9 @@ class _Session:
 
     def __post_init__(self) -> None:
         self.cache = self.extension._get_cache()
-        self.ran: dict[str, Script] = {}  #: What the last run completed, by id.
+        self.ran: dict[
+            str, Script
+        ] = {}  #: Done so far, by id; a failure may undo them.
         self.contexts: dict[str, MigrationContext] = {}
         #: By engine as well, since that of a database may be replaced by another.
         self.connections: dict[tuple[str, sa.Engine], sa.Connection] = {}
@@ -972,14 +979,14 @@ def _find_metadatas(extension: Alembic) -> _Options:
             " Flask-SQLAlchemy, call 'db.init_app(app)'."
         )
 
-    if any(db.metadatas):  # of binds, which have to be named
+    if any(db.metadatas):  # a named bind: the default's key is None
         _check_template(extension)
 
     return {"default": db.metadata}
 
 
 def _user_options(name: str, engine: sa.Engine, batches: bool) -> _Options:
-    """The ``configure`` options of one database: common, ours for its kind, its own."""
+    """The ``configure`` options of a database: ours, the common ones, its own."""
     common = current_app.config["ALEMBIC_CONTEXT"]
     options: _Options = {
         "version_table": "alembic_version",
@@ -1198,7 +1205,9 @@ def _typed(words: str) -> str:
 
 
 # -- Environment -----------------------------------------------------------------------
-# The job, the connections, and the run: one attempt on one database, for each of them.
+# The job and its steps, the files, the connections, and the run: one attempt on one
+# database. A server that tells in its own way whether a transaction is open is added in
+# '_is_in_transaction'; its lock in the next room.
 # Only here are Alembic's private names touched.
 
 
@@ -1314,7 +1323,7 @@ def _load_files(script: Any) -> list[Script]:
                 f"'{path}' cannot be loaded: {type(error).__name__}: {error}"
             ) from error
 
-    return [*filter(None, found)]  # Alembic skips what has no revision's name
+    return [each for each in found if each]  # Alembic skips what has no revision's name
 
 
 def _connect(database: _Database, has_own_pool: bool, stack: ExitStack) -> Any:
@@ -1392,7 +1401,7 @@ def _in_event_loop(fn: cabc.Callable[[], _R]) -> _R:
     try:
         asyncio.get_running_loop()
     except RuntimeError:
-        return run()  # here, since not all that a revision imports bears a thread
+        return run()  # here: not all that a revision imports tolerates a thread
 
     with ThreadPoolExecutor(1) as executor:
         return executor.submit(copy_context().run, run).result()
@@ -1410,7 +1419,7 @@ def _heads_of(context: MigrationContext) -> _Ids:
         return context.get_current_heads()
 
 
-def _current(session: _Session) -> Scripts:
+def _current(session: _Session) -> Revisions:
     found: list[Script] = []
 
     for name, state in _status(session).items():
@@ -1530,7 +1539,7 @@ class _Run:
 
             began = time.monotonic()
             call = partial(self.call, step, step.migration_fn)
-            # Offline, Alembic reads its name.
+            # Alembic reads its name.
             step.migration_fn = update_wrapper(call, step.migration_fn)
             yield step
 
@@ -1571,7 +1580,7 @@ class _Run:
 
         if name in found:
             self.execute(step, partial(function, **kwargs))
-        elif not found - {""} <= databases.keys():  # else this one came later
+        elif found - {"", *databases}:  # else this one came later
             raise _command_error(
                 f"{_title(step)} has no function for database '{name}': was it renamed?"
             )
@@ -1661,8 +1670,8 @@ class _Run:
 
     def outcome(self) -> str:
         """Where the database stands after a failure, and what to do about it."""
-        where = "is where it stands, which cannot be read now"
-        rows: set[str] = set()
+        where = "stands where it cannot be read now"
+        rows = self.heads
 
         with suppress(Exception):
             contexts = self.session.extension.migration_contexts
@@ -1730,7 +1739,7 @@ def _attempt(session: _Session, fn: StepFunction, kwargs: _Options) -> None:
         return
 
     # What the extension works on when a revision calls it.
-    inner = _Session(session.extension, session, session.job)
+    inner = _Session(session.extension, session, session.job, names)
     runs: dict[str, _Run] = {}
 
     try:
@@ -1798,7 +1807,7 @@ def _run_offline(session: _Session) -> dict[str, str]:
 
 @dataclasses.dataclass
 class _Guard:
-    """Of servers without a lock of ours, and where SQLite is to work as by Alembic."""
+    """For servers without a lock of ours, and SQLite with 'transactional_ddl' off."""
 
     database: _Database
     connection: Any
@@ -1811,11 +1820,11 @@ class _Guard:
         yield
 
     def check(self, heads: set[str]) -> None:
-        """See, before and after a revision, that the lock is ours."""
+        """SQLite's only: see, before and after a revision, that the lock is ours."""
 
 
 class _ServerGuard(_Guard):
-    """Takes a lock of the session, which a commit in between does not give up."""
+    """Takes a lock of the server's session, which no commit in between gives up."""
 
     take: str
     release: str
@@ -1867,7 +1876,7 @@ class _PostgresqlGuard(_ServerGuard):
     rolls_back = True
     take = "pg_try_advisory_lock(hashtextextended(:key, 0))"
     release = "pg_advisory_unlock(hashtextextended(:key, 0))"
-    # Of the transaction: a pooler would pass a session's on. And 0 would be none.
+    # For the transaction only: a pooler would pass a session's on. And 0 is no limit.
     limit = "SELECT set_config('lock_timeout', greatest(%s * 1000, 1) || 'ms', true)"
 
 
@@ -2159,7 +2168,7 @@ def _write_revision(session: _Session, request: _Request) -> list[Script]:
     except OSError as error:
         raise FlaskAlembicError(f"The revision cannot be made: {error}.") from error
 
-    # It knows files now that its signature does not: they may be deleted again.
+    # It holds files that its signature lacks, and they may be deleted again.
     extension._get_cache().script = None
 
     for each in made:
@@ -2184,7 +2193,7 @@ def _compare(session: _Session, revisions: Any) -> None:
         if tables:
             raise FlaskAlembicError(
                 f"The metadata of database '{name}' has no table, but the database has"
-                f" {_quoted(tables)}: import the models, or drop them by --empty."
+                f" {_quoted(tables)}: import the models, or give --empty."
             )
 
         context = session.extension.migration_contexts[name]
@@ -2205,7 +2214,7 @@ def _revision_arguments(session: _Session, request: _Request) -> _Options:
     depends = []
 
     # A history from elsewhere goes on without a label.
-    if branch not in named and (branch != "default" or not parents):
+    if branch not in named and not (branch == "default" and parents):
         labels.add(branch)
 
     if rev_id is None:
@@ -2467,9 +2476,8 @@ _SECOND = r"down_revision|branch_labels|depends_on|revision\b[^=\n()]*=(?!=)"
 def _is_current(session: _Session) -> bool:
     """Whether surely nothing is to run; an import that would fail goes unseen."""
     settings = session.settings
-    odd = {"sourceless", "recursive_version_locations"} & settings.sections[
-        "alembic"
-    ].keys()
+    odd = {"sourceless", "recursive_version_locations"}
+    odd &= settings.sections["alembic"].keys()
     # A subclass may see to it that other files or tables are looked at.
     asked = (type(session.extension), session.job.kind, session.job.target)
 
@@ -2618,7 +2626,7 @@ def _error_text(error: BaseException) -> str:
 
 @contextmanager
 def _shown(name: str, level: int = logging.INFO) -> _Block:
-    """Have a logger's lines on stderr: Alembic's, unless the application shows them."""
+    """Send a logger's lines to stderr; Alembic's only where the root has no handler."""
     logger = logging.getLogger(name)
     former = vars(logger).copy()
 
@@ -2656,7 +2664,7 @@ def _given(options: _Options) -> _Options:
 
 
 #: The commands, for applications that mount them under a group of their own.
-cli = AppGroup("db", help="Perform database migrations.")
+cli: AppGroup = AppGroup("db", help="Perform database migrations.")
 _command = partial(cli.command, cls=_Command)
 _flag = partial(click.option, is_flag=True)
 _list = partial(click.option, multiple=True)
@@ -2690,7 +2698,9 @@ def _db_mkdir() -> None:
 @click.option("-b", "--branch", help="Branch to continue, or to start.")
 @_list("-p", "--parent", "--head", help="What it follows. Can be repeated.")
 @_splice
-@_list("-d", "--depend", "--depends-on", help="Needed. Can be repeated.")
+@_list(
+    "-d", "--depend", "--depends-on", help="Revision to run before it. Can be repeated."
+)
 @_label
 @click.option("--path", "--version-path", help="Version location to write to.")
 @_rev_id
@@ -2725,8 +2735,7 @@ def _tell_env_file() -> None:
 
     if os.path.isfile(path):
         _say(
-            f"'{path}' is not run: what it sets belongs into ALEMBIC and"
-            " ALEMBIC_CONTEXT."
+            f"'{path}' is not run: what it sets belongs in ALEMBIC and ALEMBIC_CONTEXT."
         )
 
 
@@ -2774,7 +2783,7 @@ def _db_downgrade(target: str, **options: Any) -> None:
     TARGET is a revision id or its beginning, 'base', 'BRANCH@base', or steps: '-2',
     'BRANCH@-1'. --sql takes START:TARGET; START may be 'current', to ask.
     """
-    if options["sql"] and ":" not in target:
+    if options["sql"] and not re.match(".+:", target):
         raise click.UsageError("'--sql' needs START:TARGET here, as 'current:-1'.")
 
     _run("downgrade", [target], **options)
@@ -2944,7 +2953,9 @@ def _db_check(database: Any) -> None:
         diffs = alembic.compare_metadata(name)
 
         if alembic._call(partial(_tables_without_models, name=name), database=name):
-            lines.append(f"Database '{name}' has tables, its metadata none: import it.")
+            lines.append(
+                f"Database '{name}' has tables, its metadata none: import the models."
+            )
 
         if diffs:
             lines.append(f"Changes detected in database '{name}':")
@@ -2968,7 +2979,7 @@ def _words_of(diff: Any) -> str:
 
 
 @_command("heads")
-@_flag("--resolve-dependencies", help="Leave out dependencies.")
+@_flag("--resolve-dependencies", help="Leave out heads that others depend on.")
 @_verbose
 def _db_heads(resolve_dependencies: bool) -> None:
     """Show the revisions that no other follows."""

@@ -830,14 +830,10 @@ def test_arguments_of_flask_migrate_are_told_what_to_write(app: Flask) -> None:
         extension(app, flask_sqlalchemy.SQLAlchemy())
 
 
-def test_mkdir(app: Flask, make_project: MakeProject) -> None:
+def test_mkdir(app: Flask, make_project: MakeProject, make_engine: MakeEngine) -> None:
     """It is done by ``init_app`` unless told not to, and keeps what is there."""
-    extension = Alembic(
-        app,
-        run_mkdir=False,
-        metadatas=sa.MetaData(),
-        engines=sa.create_engine("sqlite://"),
-    )
+    engine = make_engine("sqlite://")
+    extension = Alembic(app, run_mkdir=False, metadatas=sa.MetaData(), engines=engine)
     template = history_of(app) / "script.py.mako"
     assert not template.parent.exists()
     assert "flask db mkdir" in error_line(app, "upgrade")
@@ -1126,8 +1122,8 @@ def test_subclass_of_the_predecessor(make_project: MakeProject) -> None:
 
 #: Runs commands of the application in one process.
 RUN_COMMANDS = """
-import pathlib
 import sys
+from pathlib import Path
 import alembic
 from alembic.config import Config
 from app import app
@@ -4412,7 +4408,7 @@ def test_env_py_is_said_not_to_run(make_project: MakeProject, tmp_path: Path) ->
     write_revision(folder / "versions", "aa")
     (folder / "env.py").write_text("1 / 0")
     project = make_project("sqlite")
-    line = f"'{folder}/env.py' is not run: what it sets belongs into ALEMBIC and"
+    line = f"'{folder}/env.py' is not run: what it sets belongs in ALEMBIC and"
 
     for command, count in (("upgrade", 0), ("revision", 1), ("check", 1)):
         result = invoke_db(project.app, command)
