@@ -450,7 +450,7 @@ class Alembic:
         :raises MigrationLockTimeout: If another process holds the lock for too long.
         """
         self._call(_migrate, _Job("stamp", target, purge=purge), **options)
-        return self.current(options.get("database"))
+        return self._call(_current, **options)
 
     def run_migrations(self, fn: StepFunction, **kwargs: Any) -> None:
         """Run steps on the databases: the one way of every migration.
@@ -794,7 +794,7 @@ def _read_settings(app: Flask) -> _Settings:
         branch = None
         path = item
 
-        if isinstance(item, tuple) and len(item) == 2:
+        if isinstance(item, tuple | list) and len(item) == 2:
             branch, path = item
 
         location = _folder(root, path, "ALEMBIC['version_locations']")
@@ -1004,7 +1004,7 @@ def _user_options(name: str, engine: sa.Engine, batches: bool) -> _Options:
         # Alembic's comparison sees changes in most of their columns.
         options["compare_server_default"] = False
 
-    options.update(common.get(name, {}))
+    options.update(common.get(name) or {})
     return options
 
 
@@ -1078,7 +1078,9 @@ def _load_history(config: Config) -> tuple[ScriptDirectory, Any]:
     try:
         script: Any = ScriptDirectory.from_config(config)
     except Exception as error:
-        raise FlaskAlembicError(f"{error} Here, that is {_typed('mkdir')}.") from error
+        raise FlaskAlembicError(
+            f"{error} Here, 'init' is {_typed('mkdir')}."
+        ) from error
 
     # Alembic puts 'prepend_sys_path' there each time.
     sys.path[:] = dict.fromkeys(sys.path)
@@ -1275,15 +1277,20 @@ def _stamp_steps(script: Any, rows: set[str], target: Any) -> list[Any]:
 
     history = script.revision_map
     applied = _below(script, rows)
+    named = _scripts(script, target)
+    above = history._get_descendant_nodes(  # noqa: SLF001
+        named, include_dependencies=False
+    )
+    lost = {*above} - {*named}
 
     for name in _as_list(target):
         if not _scripts(script, name):  # 'base' or 'branch@base'
-            applied.difference_update(history.filter_for_lineage(applied, name))
+            lineage = history.filter_for_lineage(applied, name)
+            lost.update(script.get_revisions(lineage))
 
-    named = _scripts(script, target)
-    # What depends on them is of another branch, which keeps its row.
-    above = history._get_descendant_nodes(named, include_dependencies=False)  # noqa: SLF001
-    applied.difference_update(each.revision for each in above)
+    # What depends on something that is lost is lost as well.
+    gone = history._get_descendant_nodes(lost)  # noqa: SLF001
+    applied.difference_update(each.revision for each in gone)
     applied.update(_below(script, (each.revision for each in named)))
     wanted = applied.copy()
 
@@ -1504,7 +1511,8 @@ class _Run:
         is_offline = self.connection is None
 
         if session.job.kind == "stamp":
-            options["transaction_per_migration"] = False
+            # All rows at once, which MariaDB and MySQL can do as well.
+            options.update(transaction_per_migration=False, transactional_ddl=True)
 
         if is_offline:
             # Other parameter styles would double the percent signs in the script.
@@ -1614,7 +1622,7 @@ class _Run:
                 error.add_note(f"{_title(step)} failed.")
 
                 # A statement that fails, as on a full disk, may roll back by itself.
-                if isinstance(error, exc.DBAPIError):
+                if isinstance(error, exc.DBAPIError) and self.database.is_sqlite:
                     self.was_open = False
 
                 raise
@@ -1658,9 +1666,10 @@ class _Run:
     ) -> Any:
         self.look()
 
-        if re.match(r"(?i)\s*ROLLBACK", statement):
-            self.was_open = False
-        elif self.database.is_sqlite and not self.was_open:
+        if re.match(r"(?i)\s*(ROLLBACK|ABORT)\b(?!.*\bTO\b)", statement):
+            raise FlaskAlembicError("A 'ROLLBACK' would undo the revisions before it.")
+
+        if self.database.is_sqlite and not self.was_open:
             self.committed = True  # each statement commits what it does
 
         return statement, parameters
@@ -1952,9 +1961,7 @@ class _SqliteGuard(_Guard):
         _wait(self.database.name, self.settings, self.take)
         self._orphans.clear()
 
-        for name, page, count in self.count_orphans():
-            self._orphans[name] = count
-            self._orphans[page] = count
+        self._orphans.update(self.count_orphans())
 
     def take(self) -> bool:
         """Try to begin a transaction, which has the lock."""
@@ -1981,9 +1988,8 @@ class _SqliteGuard(_Guard):
 
     def on_commit(self, connection: Any) -> None:
         """Refuse a transaction that adds rows which refer to nothing."""
-        for name, page, count in self.count_orphans():
-            # A table that was made anew keeps its name; a renamed one, its first page.
-            if count > self._orphans.get(name, self._orphans[page]):
+        for name, count in self.count_orphans().items():
+            if count > self._orphans[name]:
                 raise FlaskAlembicError(
                     f"Refused to orphan rows of '{name}' in '{self.database.name}'."
                 )
@@ -2001,22 +2007,25 @@ class _SqliteGuard(_Guard):
         self._cursor.execute(f"PRAGMA {text}")
         return self._cursor.fetchone()
 
-    def count_orphans(self) -> cabc.Iterator[Any]:
-        """Each table, its first page, and how many of its rows refer to nothing."""
+    def count_orphans(self) -> _Options:
+        """How many rows of each table refer to nothing."""
         cursor = self._cursor
+        found: _Options = {}
 
         if not self._enforced:
-            return
+            return found
 
-        cursor.execute("SELECT name, rootpage FROM sqlite_master WHERE type = 'table'")
+        cursor.execute("SELECT name FROM sqlite_master WHERE type = 'table'")
 
-        for name, page in cursor.fetchall():
+        for [name] in cursor.fetchall():
             # It fails where a key of the table refers to columns that are not unique.
             with suppress(Exception):
                 cursor.execute(
                     "SELECT count(*) FROM pragma_foreign_key_check(?)", [name]
                 )
-                yield name, page, cursor.fetchone()[0]
+                found[name] = cursor.fetchone()[0]
+
+        return found
 
 
 _GUARDS = {
@@ -2315,17 +2324,12 @@ def _comparing(session: _Session, context: Any) -> _Block:
 
 
 def _tables_without_models(session: _Session, name: str) -> set[str]:
-    """The tables of a database whose metadata has none at all."""
-    database = session.databases[name]
-    connection = session.connect(name)
-
-    if any(each.tables for each in _as_list(database.metadata)):
+    """The tables that would be dropped because the metadata has none at all."""
+    if any(each.tables for each in _as_list(session.databases[name].metadata)):
         return set()
 
-    with _reading(connection):
-        found = sa.inspect(connection).get_table_names()
-
-    return {*found} - {database.options["version_table"]}
+    diffs = session.extension.compare_metadata(name)
+    return {diff[1].name for diff in diffs if diff[0] == "remove_table"}
 
 
 def _produce_migrations(session: _Session) -> MigrationScript:
@@ -2434,7 +2438,7 @@ def _render_item(theirs: Any, kind: str, item: Any, context: Any) -> Any:
 
 def _is_default_changed(impl: Any, found: Any, column: Any, new: Any, old: Any) -> Any:
     """Compare two quoted literals, as Alembic's own question fails on some of them."""
-    literal = r"('(?:[^']|'')*')(?:::[\w .\"]+)?"
+    literal = r"\(?('(?:[^']|'')*')(?:::[\w .\"]+)?\)?"
     rendered = str(new)
 
     # Alembic hands on a string as it is, and a text() as it is written in SQL.
@@ -2626,11 +2630,13 @@ def _error_text(error: BaseException) -> str:
 
 @contextmanager
 def _shown(name: str, level: int = logging.INFO) -> _Block:
-    """Send a logger's lines to stderr; Alembic's only where the root has no handler."""
+    """Send a logger's lines to stderr; Alembic's only if the application does not."""
     logger = logging.getLogger(name)
     former = vars(logger).copy()
 
-    if logger is _logger or not logging.root.handlers:
+    is_seen = logging.root.handlers and logger.isEnabledFor(level)
+
+    if logger is _logger or not is_seen:
         logger.handlers = [logging.StreamHandler()]
         logger.propagate = False
         logger.disabled = False  # as 'dictConfig' leaves it

@@ -3745,6 +3745,21 @@ def test_advice_is_given_where_something_stays(
     assert ("stay" in notes) == ("early" in project.tables)
 
 
+@mark.parametrize("kind", [on("sqlite"), on("postgresql")])
+def test_rollback_does_not_undo_the_revisions_before(
+    make_project: MakeProject, kind: str
+) -> None:
+    """In silence, as nothing of another branch would miss the row that is lost."""
+    project = make_project(kind)
+    project.write("aa", None, CREATE_USERS)
+    project.write("bb", None, 'op.execute("ROLLBACK")')
+
+    with raises(FlaskAlembicError, match="ROLLBACK"):
+        project.upgrade()
+
+    assert (project.versions, project.tables) == (set(), set())
+
+
 @mark.parametrize(
     ("kind", "commit"),
     [
@@ -4211,9 +4226,8 @@ def test_batch_migration_keeps_the_children(
     url = family_project.url
     execute(url, further)
     family_project.write("aa", None, batch)
-    family_project.write("bb", "aa", 'op.rename_table("child", "kid")')
-    assert family_project.upgrade() == ["aa", "bb"]
-    rows = query(url, "SELECT id, parent_id FROM kid ORDER BY id")
+    assert family_project.upgrade() == ["aa"]
+    rows = query(url, "SELECT id, parent_id FROM child ORDER BY id")
     assert rows == [(1, 1), (2, 1), (3, 2), (4, 99)]
     assert query(url, "SELECT title FROM parent ORDER BY id") == [("a",), ("b",)]
 
@@ -4520,7 +4534,7 @@ def test_labelled_history_is_not_forked(sqlite_project: Project) -> None:
 
 def test_merge(app: Flask, make_project: MakeProject, tmp_path: Path) -> None:
     """It joins all heads or those that are named, in the folder of their branch."""
-    app.config["ALEMBIC"] = {"version_locations": [("shop", "shop")]}
+    app.config["ALEMBIC"] = {"version_locations": [["shop", "shop"]]}
     shop = tmp_path / "shop"
     write_history(app, "aa", "bb")
     write_revision(shop, "ss", labels="shop")
@@ -4591,6 +4605,8 @@ def test_excluded_tables_are_left_alone_both_ways(
         "CREATE TABLE celery_alembic_version (id INTEGER)",
         "CREATE TABLE alembic_version_old (id INTEGER)",
     )
+    without_models = make_project(url, exclude_tables=["spatial_*"])
+    assert invoke_db(without_models.app, "check").exit_code == 0
 
     with project.context() as extension:
         assert extension.revision("nothing of ours") == []
@@ -4762,6 +4778,8 @@ def test_quoted_server_defaults_are_compared(
         "t",
         changed,
         sa.Column("same", sa.String(9), server_default="it's"),
+        sa.Column("empty", sa.String(9), server_default=""),
+        sa.Column("lines", sa.String(9), server_default="a\nb"),
         sa.Column("text", sa.String(9), server_default=sa.text("'it''s'")),
         sa.Column("json", sa.JSON, server_default='{"a": "it\'s"}'),
     )
@@ -5699,6 +5717,17 @@ def test_progress_of_a_process(
     assert_progress(lines, *steps)
     logged = [x for x in lines if re.match("INFO:alembic.*Running upgrade", x)]
     assert len(logged) == (3 if logging_on else 0)
+
+
+@mark.parametrize(("level", "is_logged"), [("WARNING", False), ("INFO", True)])
+def test_what_is_detected_is_told(tmp_path: Path, level: str, is_logged: bool) -> None:
+    """Once, also where the application logs, but not that much."""
+    set_up = f"import logging\nlogging.basicConfig(level='{level}')\n"
+    models = 'sa.Table("t", metadata, sa.Column("id", sa.Integer))\n'
+    site = write_site(tmp_path, set_up + textwrap.dedent(SITE_APP) + models)
+    text = flask_db(site, "revision", "one", URL=f"sqlite:///{tmp_path}/app.db").stderr
+    assert text.count("Detected") == 1
+    assert ("INFO:alembic" in text) == is_logged
 
 
 @mark.parametrize("line", ["status", "upgrade nope"])
