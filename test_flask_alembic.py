@@ -4480,7 +4480,6 @@ def test_revision_that_would_break_the_history_is_refused(
             "(?=.*aa)(?=.*bb).*flask db merge",
             id="two-heads",
         ),
-        param([], [], "(?=.*'default')(?=.*'users').*import", id="no-models"),
     ],
 )
 def test_refused_revision(
@@ -4495,6 +4494,16 @@ def test_refused_revision(
     set_rows(sqlite_project.url, *rows)
     assert re.search(words, error_line(sqlite_project.app, "revision second"))
     assert files(sqlite_project.app) == {f"{rev}.py" for rev in history}
+
+
+def test_revision_without_models_is_refused(sqlite_project: Project) -> None:
+    """What was found is shown first, and no file is written that would drop it."""
+    execute(sqlite_project.url, "CREATE TABLE users (id INTEGER)")
+    result = invoke_db(sqlite_project.app, "revision", "second")
+    *_, error = result.stderr.splitlines()
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert re.search("^Error: (?=.*'default')(?=.*'users').*import", error)
+    assert files(sqlite_project.app) == set()
 
 
 def test_missing_program_of_a_write_hook_is_named(make_project: MakeProject) -> None:
