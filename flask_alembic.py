@@ -26,7 +26,6 @@ import sys
 import threading
 import time
 import traceback
-from argparse import Namespace
 from collections import Counter
 from contextlib import ExitStack
 from contextlib import contextmanager
@@ -645,6 +644,8 @@ class _Session:
     @property
     def config(self) -> Config:
         """Alembic's configuration with the arguments that revisions may ask for."""
+        from argparse import Namespace
+
         config = copy.copy(self.extension.config)
         x = self.x
 
