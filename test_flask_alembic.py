@@ -2357,6 +2357,47 @@ def test_stamp_leaves_exactly_what_was_asked_for(
         assert not extension.needs_upgrade()
 
 
+@mark.parametrize("target", ["a1", "one@base"])
+def test_stamp_forgets_what_depends_on_what_it_forgets(
+    branched_project: Project, target: str
+) -> None:
+    """Another branch is not left above a revision that counts as never run."""
+    branched_project.write("y1", depends="a2")
+    set_rows(branched_project.url, "y1", "b1")
+
+    with branched_project.context() as extension:
+        extension.stamp(target)
+
+    assert branched_project.versions == {"b1", target} - {"one@base"}
+
+
+@mark.parametrize("kind", [on("sqlite"), on("postgresql"), on("mariadb")])
+def test_stamp_writes_all_rows_or_none(make_project: MakeProject, kind: str) -> None:
+    project = make_project(kind)
+    project.write("aa")
+    project.write("bb")
+    rule = "CHECK (version_num <> 'bb')"
+    execute(project.url, f"CREATE TABLE alembic_version (version_num CHAR(9), {rule})")
+
+    with raises(DBAPIError), project.context() as extension:
+        extension.stamp(["aa", "bb"])
+
+    assert project.versions == set()
+
+
+def test_stamp_command_of_a_subclass(make_project: MakeProject) -> None:
+    """Whose ``current()`` has the predecessor's signature."""
+
+    class Older(Alembic):
+        def current(self) -> Any:  # type: ignore[override]
+            return super().current()
+
+    project = make_project("sqlite", extension=Older)
+    project.write("aa")
+    assert "aa" in db_stdout(project.app, "stamp")
+    assert project.versions == {"aa"}
+
+
 @mark.parametrize(
     ("target", "after"),
     [
