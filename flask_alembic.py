@@ -544,11 +544,7 @@ class Alembic:
 
     def _get_cache(self) -> _Cache:
         """What is kept for the application. Subclasses reach it by this name."""
-        cache: _Cache | None = current_app.extensions.get(self._key)
-
-        if cache is None:
-            raise FlaskAlembicError("Not set up: call 'alembic.init_app(app)' first.")
-
+        cache: _Cache = _set_up(self._key)
         return cache
 
     def _session(self) -> _Session:
@@ -590,6 +586,14 @@ class Alembic:
 # A cache lives as long as an application; a session, as its method or context.
 
 
+def _set_up(key: str) -> Any:
+    """What ``init_app`` has left in the current application."""
+    if key not in current_app.extensions:
+        raise FlaskAlembicError("Not set up: call 'alembic.init_app(app)' first.")
+
+    return current_app.extensions[key]
+
+
 @dataclasses.dataclass
 class _Cache:
     """What is kept for one application: its configuration and its revision files."""
@@ -625,9 +629,8 @@ class _Session:
 
     def __post_init__(self) -> None:
         self.cache = self.extension._get_cache()
-        self.ran: dict[
-            str, Script
-        ] = {}  #: Done so far, by id; a failure may undo them.
+        #: Done so far, by id; a failure may undo them.
+        self.ran: dict[str, Script] = {}
         self.contexts: dict[str, MigrationContext] = {}
         #: By engine as well, since that of a database may be replaced by another.
         self.connections: dict[tuple[str, sa.Engine], sa.Connection] = {}
@@ -1203,7 +1206,7 @@ def _unknown_error(session: _Session, name: str, unknown: _Names) -> Exception:
 
 def _typed(words: str) -> str:
     """One of our commands as it is typed in this application."""
-    name = current_app.extensions["alembic"]._get_cache().command_name or "db"
+    name = _set_up("alembic")._get_cache().command_name or "db"
     return f"'flask {name} {words}'"
 
 
@@ -1427,16 +1430,20 @@ def _heads_of(context: MigrationContext) -> _Ids:
         return context.get_current_heads()
 
 
-def _current(session: _Session) -> Revisions:
-    found: list[Script] = []
+def _known_status(session: _Session) -> dict[str, DatabaseStatus]:
+    """The status of databases that all are at ids which files have."""
+    states = _status(session)
 
-    for name, state in _status(session).items():
-        found.extend(state.current)
-
+    for name, state in states.items():
         if state.unknown:
             raise _unknown_error(session, name, state.unknown)
 
-    return tuple(dict.fromkeys(found))
+    return states
+
+
+def _current(session: _Session) -> Revisions:
+    states = _known_status(session).values()
+    return tuple(dict.fromkeys(each for state in states for each in state.current))
 
 
 def _status(session: _Session) -> dict[str, DatabaseStatus]:
@@ -1960,9 +1967,7 @@ class _SqliteGuard(_Guard):
             return
 
         _wait(self.database.name, self.settings, self.take)
-        self._orphans.clear()
-
-        self._orphans.update(self.count_orphans())
+        self._orphans = Counter(self.count_orphans())
 
     def take(self) -> bool:
         """Try to begin a transaction, which has the lock."""
@@ -2189,16 +2194,14 @@ def _write_revision(session: _Session, request: _Request) -> list[Script]:
 
 def _compare(session: _Session, revisions: Any) -> None:
     """Fill revisions from the databases, unless one is behind or has no models."""
-    _current(session)  # an unknown id is an error
-
-    for name, state in _status(session).items():
+    for name, state in _known_status(session).items():
         if state.pending:
             raise _command_error(
                 f"Database '{name}' is {_count_of(state.pending)} behind: run"
                 f" {_typed('upgrade')}."
             )
 
-        tables = _tables_without_models(session, name)
+        tables = _tables_without_models(session.extension, session.databases[name])
 
         if tables:
             raise FlaskAlembicError(
@@ -2324,12 +2327,12 @@ def _comparing(session: _Session, context: Any) -> _Block:
         yield
 
 
-def _tables_without_models(session: _Session, name: str) -> set[str]:
+def _tables_without_models(extension: Alembic, database: _Database) -> set[str]:
     """The tables that would be dropped because the metadata has none at all."""
-    if any(each.tables for each in _as_list(session.databases[name].metadata)):
+    if any(each.tables for each in _as_list(database.metadata)):
         return set()
 
-    diffs = session.extension.compare_metadata(name)
+    diffs = extension.compare_metadata(database.name)
     return {diff[1].name for diff in diffs if diff[0] == "remove_table"}
 
 
@@ -2659,10 +2662,7 @@ def _say(text: str) -> None:
 
 
 def _extension() -> Any:
-    if "alembic" not in current_app.extensions:
-        raise FlaskAlembicError("Not set up: call 'alembic.init_app(app)' first.")
-
-    return current_app.extensions["alembic"]
+    return _set_up("alembic")
 
 
 def _given(options: _Options) -> _Options:
@@ -2959,7 +2959,7 @@ def _db_check(database: Any) -> None:
         alembic.current(name)  # an unknown id is an error
         diffs = alembic.compare_metadata(name)
 
-        if alembic._call(partial(_tables_without_models, name=name), database=name):
+        if _tables_without_models(alembic, _find_databases(alembic)[name]):
             lines.append(
                 f"Database '{name}' has tables, its metadata none: import the models."
             )
