@@ -294,6 +294,12 @@ def on(kind: str, *values: Any, name: str = "") -> Any:
     return param(kind, *values, marks=marks, id=f"{kind}-{name}".strip("-"))
 
 
+def with_options(url: str, **options: str) -> str:
+    """A URL with further options of the driver, beside those that it has."""
+    parsed = sa.make_url(url).update_query_dict(options)
+    return parsed.render_as_string(hide_password=False)
+
+
 def query(url: str, statement: str) -> list[tuple[Any, ...]]:
     """The rows of one statement, by a connection of its own."""
     with sa.create_engine(url, poolclass=sa.NullPool).connect() as connection:
@@ -1996,7 +2002,7 @@ def test_two_places_for_version_tables(
 
     if option == "search_path":
         for name in urls:
-            urls[name] += f"?options=-csearch_path%3D{name}"
+            urls[name] = with_options(url, options=f"-csearch_path={name}")
     elif option:
         context = {name: {option: name} for name in urls}
 
@@ -4048,13 +4054,13 @@ def test_lost_connection_is_told(
         on(
             "postgresql",
             "SELECT current_setting('lock_timeout')",
-            "?options=-clock_timeout%3D1234",
+            {"options": "-clock_timeout=1234"},
             ["2s", "1234ms", "2s", "1234ms"],
         ),
         on(
             "mariadb",
             "SELECT concat(@@session.lock_wait_timeout)",
-            "?init_command=SET+lock_wait_timeout%3D1234",
+            {"init_command": "SET lock_wait_timeout=1234"},
             ["2", "2", "2", "1234"],
         ),
     ],
@@ -4064,11 +4070,11 @@ def test_lock_timeout(
     make_database: MakeDatabase,
     kind: str,
     question: str,
-    own: str,
+    own: dict[str, str],
     expected: list[str],
 ) -> None:
     """PostgreSQL: of each transaction; the application's sessions keep their own."""
-    project = make_project(make_database(kind) + own, lock_timeout=2)
+    project = make_project(with_options(make_database(kind), **own), lock_timeout=2)
     values: list[str] = []
 
     def ask(connection: sa.Connection) -> None:
