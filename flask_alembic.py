@@ -1507,7 +1507,8 @@ class _Run:
     connection: Any = None
     heads: Any = ()  #: The version table, as far as the run has come.
     step: Any = None  #: That is being run, or has failed.
-    committed = False  #: Whether the step has committed something by itself.
+    is_working = False  #: Whether the step's own code is running.
+    committed = False  #: Whether it has committed something by itself.
     was_open = False  #: Whether the driver had a transaction at the last look.
 
     def __post_init__(self) -> None:
@@ -1527,6 +1528,8 @@ class _Run:
             style = {"paramstyle": "named", **options.get("dialect_opts", {})}
             url = self.database.engine.url
             options.update(url=url, dialect_opts=style, literal_binds=True)
+        else:
+            self.driver = self.connection.connection.driver_connection
 
         self.environment = _make_environment(
             session,
@@ -1539,6 +1542,20 @@ class _Run:
         self.environment.configure(self.connection, **options)
         self.context: Any = self.environment.get_context()
         self.context.on_version_apply_callbacks += (self.on_applied,)
+
+    @contextmanager
+    def held(self) -> _Block:
+        """Hold the lock, and see what becomes of transactions."""
+        # For the run, as it takes SQLAlchemy long to add and remove a listener.
+        listening = _listening(
+            self.connection,
+            commit=self.on_commit,
+            rollback=self.on_rollback,
+            before_cursor_execute=self.on_statement,
+        )
+
+        with self.guard.held(), listening:
+            yield
 
     def steps(self, heads: Any, context: Any) -> cabc.Iterator[Any]:
         """The steps; Alembic takes each when the one before is in the version table."""
@@ -1564,7 +1581,6 @@ class _Run:
                 with self.context.autocommit_block():
                     pass
 
-            self.committed = False
             self.step = None
             self.session.ran[script.revision] = script
 
@@ -1614,28 +1630,24 @@ class _Run:
 
         self.guard.check(self.heads)
         self.step = step
+        self.committed = False
         self.was_open = False
         self.look()
-        listening = _listening(
-            self.connection,
-            commit=self.on_commit,
-            rollback=self.on_rollback,
-            before_cursor_execute=self.on_statement,
-        )
+        self.is_working = True
 
-        with listening:
-            try:
-                work()
-            except BaseException as error:
-                error.add_note(f"{_title(step)} failed.")
+        try:
+            work()
+        except BaseException as error:
+            error.add_note(f"{_title(step)} failed.")
 
-                # A statement that fails, as on a full disk, may roll back by itself.
-                if isinstance(error, exc.DBAPIError) and self.database.is_sqlite:
-                    self.was_open = False
+            # A statement that fails, as on a full disk, may roll back by itself.
+            if isinstance(error, exc.DBAPIError) and self.database.is_sqlite:
+                self.was_open = False
 
-                raise
-            finally:
-                self.look()
+            raise
+        finally:
+            self.look()
+            self.is_working = False
 
         # What Alembic opened: for the run, for the step, after an autocommit_block().
         transaction = self.context._transaction  # noqa: SLF001
@@ -1650,11 +1662,8 @@ class _Run:
 
     def look(self) -> None:
         """See what only the driver knows, as after ``op.execute("COMMIT")``."""
-        connection = self.connection
-        is_open = False
-
-        if not connection.closed and not connection.invalidated:
-            is_open = _is_in_transaction(connection.connection.driver_connection)
+        is_lost = self.connection.closed or self.connection.invalidated
+        is_open = not is_lost and _is_in_transaction(self.driver)
 
         if self.was_open and not is_open:
             self.committed = True
@@ -1663,7 +1672,8 @@ class _Run:
 
     def on_commit(self, connection: Any) -> None:
         """An ``autocommit_block()`` begins, or the revision calls ``commit()``."""
-        self.committed = True
+        if self.is_working:  # else Alembic commits what it began
+            self.committed = True
 
     def on_rollback(self, connection: Any) -> None:
         """The revision calls ``rollback()``, also by what it calls."""
@@ -1766,7 +1776,7 @@ def _attempt(session: _Session, fn: StepFunction, kwargs: _Options) -> None:
                 is_new = not session.databases[name].is_sqlite
                 run = runs[name] = _Run(session, name, fn, inner.connect(name, is_new))
                 inner.contexts[name] = run.context
-                stack.enter_context(run.guard.held())
+                stack.enter_context(run.held())
 
             for run in runs.values():
                 stack.enter_context(run.context.begin_transaction())

@@ -3740,6 +3740,7 @@ def test_note_of_a_failure_is_true(
             name="refused",
         ),
         on("sqlite", {}, f"{CREATE_EARLY_BY_SCRIPT}{CALL_TEST}", name="commit-fails"),
+        on("sqlite", {}, f"{CREATE_EARLY}{CALL_TEST}", name="own-commit-fails"),
         on("sqlite", {}, f"{CREATE_EARLY_AND_ROLL_BACK}1 / 0", name="rolled-back"),
         on(
             "sqlite",
