@@ -193,17 +193,12 @@ class Alembic:
     def __init__(
         self,
         app: Flask | None = None,
-        *others: object,
+        *,
         run_mkdir: bool = True,
         command_name: str = "db",
         metadatas: MetadataOption | cabc.Mapping[str, MetadataOption] | None = None,
         engines: EngineOption | cabc.Mapping[str, EngineOption] | None = None,
     ) -> None:
-        if others:
-            raise TypeError(
-                "Write 'Alembic(app)': 'db' is found, the rest goes by name."
-            )
-
         self.run_mkdir = run_mkdir
         self.command_name = command_name
         self.metadatas: dict[str, MetadataOption] = _by_name(metadatas)  #: By database.
@@ -743,7 +738,7 @@ def _taking_turn(session: _Session) -> _Block:
     _wait(
         ", ".join(session.databases),
         session.settings,
-        lambda: lock.acquire(blocking=False),
+        partial(lock.acquire, False),
     )
     _turn.is_taken = True
 
@@ -1183,7 +1178,7 @@ def _several_heads(heads: _Names) -> Exception:
     merge = _typed(f'merge -m "merge heads" {" ".join(sorted(heads))}')
     return _command_error(
         "There are several heads. Name one, take 'heads' for all, or merge them:"
-        f" {merge[1:-1]}"
+        f" {merge}"
     )
 
 
@@ -1409,9 +1404,12 @@ def _in_event_loop(fn: cabc.Callable[[], _R]) -> _R:
         with asyncio.Runner(loop_factory=asyncio.new_event_loop) as runner:
             return runner.run(concurrency.greenlet_spawn(fn))
 
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
+    loop = None
+
+    with suppress(RuntimeError):
+        loop = asyncio.get_running_loop()
+
+    if loop is None:
         return run()  # here: not all that a revision imports tolerates a thread
 
     with ThreadPoolExecutor(1) as executor:
@@ -1707,9 +1705,9 @@ class _Run:
 
         line = f"Database '{self.name}' {where}: what was not committed is rolled back."
 
-        is_undone = self.guard.rolls_back or self.context.impl.transactional_ddl
+        is_undone = self.context.impl.transactional_ddl and not self.committed
 
-        if self.step is None or (is_undone and not self.committed):
+        if self.step is None or is_undone:
             return line
 
         script = self.step.revision
@@ -1839,7 +1837,6 @@ class _Guard:
     database: _Database
     connection: Any
     settings: _Settings
-    rolls_back = False  #: Whether DDL is rolled back, whatever Alembic knows.
 
     @contextmanager
     def held(self) -> _Block:
@@ -1900,7 +1897,6 @@ class _ServerGuard(_Guard):
 
 
 class _PostgresqlGuard(_ServerGuard):
-    rolls_back = True
     take = "pg_try_advisory_lock(hashtextextended(:key, 0))"
     release = "pg_advisory_unlock(hashtextextended(:key, 0))"
     # For the transaction only: a pooler would pass a session's on. And 0 is no limit.
@@ -2207,7 +2203,7 @@ def _compare(session: _Session, revisions: Any) -> None:
     for name, state in _known_status(session).items():
         if state.pending:
             raise _command_error(
-                f"Database '{name}' is {_count_of(state.pending)} behind: run"
+                f"Database '{name}' is behind by {len(state.pending)}: run"
                 f" {_typed('upgrade')}."
             )
 
@@ -2588,9 +2584,6 @@ class _Command(click.Command):
     def invoke(self, ctx: click.Context) -> Any:
         is_verbose = ctx.meta[_VERBOSE] = ctx.params.pop("verbose")
 
-        if os.environ.get("NO_COLOR"):
-            ctx.color = False
-
         try:
             with _shown("flask_alembic"), _shown("alembic", logging.WARNING):
                 return super().invoke(ctx)
@@ -2607,9 +2600,7 @@ class _Command(click.Command):
             if is_verbose:
                 _say(traceback.format_exc().rstrip())
 
-            raise click.ClickException(
-                click.style(_error_text(error), "red")
-            ) from error
+            raise click.ClickException(_error_text(error)) from error
 
 
 def _notes(error: object) -> list[str]:
@@ -2702,10 +2693,8 @@ _quiet = _flag("-q", "--quiet", help="Show no progress.")
 @_verbose
 def _db_mkdir() -> None:
     """Make the migrations folder, if it is missing (alias: init)."""
-    home = _extension()._get_cache().settings.home
-    is_there = os.path.isdir(home)
     _extension().mkdir()
-    _say(f"'{home}' is there already." if is_there else f"Made '{home}'.")
+    _say(f"'{_extension()._get_cache().settings.home}' is ready.")
 
 
 @_command("revision")
@@ -2823,12 +2812,8 @@ def _db_stamp(targets: Any, **options: Any) -> None:
     if options["sql"] and options["purge"]:
         raise click.UsageError("Give either '--sql' or '--purge'.")
 
-    current = _run("stamp", targets or ["heads"], **options)
-
-    if current:
-        _echo_scripts(current)
-    elif current is not None:  # as a script that was printed
-        _say("Stamped: no revision is recorded.")
+    # Of a script, which it has printed, there is none.
+    _echo_scripts(_run("stamp", targets or ["heads"], **options) or ())
 
 
 def _run(verb: str, targets: Any, sql: bool, quiet: bool = True, **options: Any) -> Any:
@@ -2861,7 +2846,7 @@ def _run(verb: str, targets: Any, sql: bool, quiet: bool = True, **options: Any)
 
     # An override with the predecessor's signature takes none, and returns none.
     if not quiet and "progress" in inspect.signature(method).parameters:
-        given["progress"] = _tell_progress
+        given["progress"] = partial(_tell_progress, len(alembic.databases) > 1)
 
     began = time.perf_counter()
     done = method(target, **given)
@@ -2870,15 +2855,15 @@ def _run(verb: str, targets: Any, sql: bool, quiet: bool = True, **options: Any)
         return done
 
     took = f"{time.perf_counter() - began:.2f}s"
-    _say(f"{_count_of(done)} {verb}d in {took}." if done else "Nothing to do.")
+    _say(f"{len(done)} {verb}d in {took}." if done else "Nothing to do.")
 
 
 def _tell_progress(
-    name: str, script: Script, place: int, count: int, took: float
+    has_others: bool, name: str, script: Script, place: int, count: int, took: float
 ) -> None:
     line = f"{place:>3}/{count}"
 
-    if len(_extension().databases) > 1:
+    if has_others:
         line += f"  {name}"
 
     id_ = click.style(script.revision, "cyan")
@@ -2909,23 +2894,21 @@ def _db_status(json: bool, **options: Any) -> None:
 
         for kind in ("current", "heads", "pending"):
             for script in getattr(state, kind):
-                label = f"  {kind.removesuffix('s'):<7}"
-                click.echo(f"{label}  {script.revision}  {_summary(script)}")
+                click.echo(f"  {kind:<7}  {script.revision}  {_summary(script)}")
 
     if json:
-        text = dumps({"databases": data}, indent=2, default=lambda each: each.revision)
-        click.echo(text)
+        click.echo(dumps({"databases": data}, indent=2, default=lambda x: x.revision))
 
 
 def _status_words(state: DatabaseStatus) -> str:
     if state.unknown:
-        return click.style(f"unknown ids: {', '.join(state.unknown)}", "red")
+        return f"unknown ids: {', '.join(state.unknown)}"
 
     if not state.heads:
         return f"no revisions yet\n  {_typed('revision MESSAGE')} makes the first"
 
     if state.pending:
-        return click.style(f"{_count_of(state.pending)} pending", "yellow")
+        return f"{len(state.pending)} pending"
 
     return "up to date"
 
@@ -3055,6 +3038,15 @@ def _db_show(revisions: Any, **options: Any) -> None:
             _echo_scripts(_scripts(alembic.script_directory, name))
 
 
+@_command("edit")
+@click.argument("revision", default="head")
+@_verbose
+def _db_edit(revision: str) -> None:
+    """Open REVISION, by default 'head', in the editor of $EDITOR."""
+    for script in _scripts(_extension().script_directory, revision):
+        click.edit(filename=script.path)
+
+
 def _echo_scripts(scripts: Any, marked: Any = ()) -> None:
     """Show revisions as Alembic does; its own mark is state that threads share."""
     verbose = click.get_current_context().meta[_VERBOSE]
@@ -3072,11 +3064,6 @@ def _echo_scripts(scripts: Any, marked: Any = ()) -> None:
 def _summary(script: Script) -> str:
     """The message in one line; without one, Alembic takes what follows for it."""
     return re.sub("^Revision ID: .*", "", _one_line(script.doc))
-
-
-def _count_of(revisions: cabc.Sized) -> str:
-    count = len(revisions)
-    return "1 revision" if count == 1 else f"{count} revisions"
 
 
 for _name, _alias in {"mkdir": "init", "revision": "migrate", "log": "history"}.items():

@@ -829,13 +829,6 @@ def test_short_names_follow_overridden_properties(make_project: MakeProject) -> 
         assert own.context == "own context"
 
 
-def test_arguments_of_flask_migrate_are_told_what_to_write(app: Flask) -> None:
-    extension: Any = Alembic
-
-    with raises(TypeError, match=re.escape("Alembic(app)")):
-        extension(app, flask_sqlalchemy.SQLAlchemy())
-
-
 def test_mkdir(app: Flask, make_project: MakeProject, make_engine: MakeEngine) -> None:
     """It is done by ``init_app`` unless told not to, and keeps what is there."""
     engine = make_engine("sqlite://")
@@ -3756,7 +3749,6 @@ def test_note_of_a_failure_is_true(
             name="and-more",
         ),
         on("mariadb", {}, f"{CREATE_EARLY_AND_ROLL_BACK}1 / 0", name="rolled-back"),
-        on("postgresql", NO_DDL_TRANSACTION, f"{CREATE_EARLY}1 / 0", name="no"),
     ],
 )
 def test_advice_is_given_where_something_stays(
@@ -5238,6 +5230,7 @@ COMMANDS = {
     "branches": "",
     "log (history)": "--start --end -r --rev-range -i --indicate-current -n",
     "show": "REVISIONS -n",
+    "edit": "REVISION",
 }
 
 
@@ -5373,10 +5366,8 @@ def test_what_a_command_did_is_said(sqlite_project: Project) -> None:
     first = "'flask db revision MESSAGE' makes the first"
     assert db_stdout(app, "status") == f"default: no revisions yet\n  {first}\n"
     shutil.rmtree(folder)
-    assert invoke_db(app, "mkdir").stderr == f"Made '{folder}'.\n"
-    assert invoke_db(app, "init").stderr == f"'{folder}' is there already.\n"
-    result = invoke_db(app, "stamp", "base")
-    assert result.stderr == "Stamped: no revision is recorded.\n"
+    assert invoke_db(app, "mkdir").stderr == f"'{folder}' is ready.\n"
+    assert folder.is_dir()
 
 
 @mark.parametrize(
@@ -5552,7 +5543,7 @@ def test_current_command(uneven_databases: Project) -> None:
 def test_status_command(uneven_databases: Project) -> None:
     """Says where each database stands, to people and to programs."""
     text = db_stdout(uneven_databases.app, "status")
-    states = [("default", "1 revision pending"), ("audit", "up to date")]
+    states = [("default", "1 pending"), ("audit", "up to date")]
     assert re.findall(r"^(\w+): (.*)", text, re.M) == states
     path = str(uneven_databases.folder / "bbb.py")
     pending = [{"revision": "bbb", "message": "revision bbb", "path": path}]
@@ -5619,6 +5610,19 @@ def test_heads_and_branches_look_as_in_the_predecessor(sqlite_project: Project) 
     assert len(db_stdout(app, "heads").splitlines()) == 2
     shown = "<base> (c1) -> d1 (head), revision d1\n"
     assert db_stdout(app, "heads --resolve-dependencies") == shown
+
+
+def test_edit_opens_the_file_of_a_revision(three_tables: Project) -> None:
+    """That of the head, or the one that is named."""
+    app = three_tables.app
+    assert invoke_db(app, "edit", EDITOR="sed -i 1s/^/#new/").exit_code == 0
+    assert invoke_db(app, "edit", "x1", EDITOR="sed -i 1s/^/#old/").exit_code == 0
+    texts = {path.name[:2]: path.read_text() for path in three_tables.folder.glob("x*")}
+    assert {name for name in texts if texts[name].startswith("#new")} == {"x3"}
+    assert {name for name in texts if texts[name].startswith("#old")} == {"x1"}
+    result = invoke_db(app, "edit", EDITOR="nope")
+    assert result.exit_code == 1
+    assert "nope" in result.stderr
 
 
 def test_log_and_show(three_tables: Project) -> None:
@@ -5785,22 +5789,6 @@ def test_what_is_detected_is_told(tmp_path: Path, level: str, is_logged: bool) -
     text = flask_db(site, "revision", "one", URL=f"sqlite:///{tmp_path}/app.db").stderr
     assert text.count("Detected") == 1
     assert ("INFO:alembic" in text) == is_logged
-
-
-@mark.parametrize("line", ["status", "upgrade nope"])
-def test_colour_is_for_terminals(three_tables_site: Path, line: str) -> None:
-    """What is pending and what went wrong; none where NO_COLOR is set."""
-
-    def show(no_color: str) -> str:
-        command = ("-c", RUN_IN_TERMINAL, *line.split())
-        env = {"TERM": "xterm", "NO_COLOR": no_color}
-        return run_python(three_tables_site, *command, **env).stdout
-
-    colour = show("")
-    plain = show("1")
-    assert "\x1b[" in colour
-    assert "\x1b[" not in plain
-    assert on_screen(colour) == on_screen(plain)
 
 
 # -- README ----------------------------------------------------------------------------
