@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import collections.abc as cabc
 import copy
-import dataclasses
 import importlib.util
 import inspect
 import io
@@ -32,6 +31,7 @@ from contextlib import contextmanager
 from contextlib import redirect_stdout
 from contextlib import suppress
 from contextvars import ContextVar
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
 from functools import partial
@@ -589,7 +589,7 @@ def _set_up(key: str) -> Any:
     return current_app.extensions[key]
 
 
-@dataclasses.dataclass
+@dataclass(eq=False)
 class _Cache:
     """What is kept for one application: its configuration and its revision files."""
 
@@ -611,7 +611,7 @@ class _Cache:
         self.extension._session().close()
 
 
-@dataclasses.dataclass
+@dataclass(eq=False)
 class _Session:
     """What one method, or one application context, works on and has open."""
 
@@ -1492,7 +1492,7 @@ def _make_environment(session: _Session, **given: Any) -> EnvironmentContext:
     return EnvironmentContext(session.config, script, tag=session.tag, **given)
 
 
-@dataclasses.dataclass
+@dataclass(eq=False)
 class _Run:
     """One attempt on one database: its environment, its guard, its steps.
 
@@ -1830,7 +1830,7 @@ def _run_offline(session: _Session) -> dict[str, str]:
 # Around a run on a database: its lock, its limits, SQLite's transaction.
 
 
-@dataclasses.dataclass
+@dataclass(eq=False)
 class _Guard:
     """For servers without a lock of ours, and SQLite with 'transactional_ddl' off."""
 
@@ -1910,7 +1910,7 @@ class _MysqlGuard(_ServerGuard):
     limit = "SET lock_wait_timeout = GREATEST(CEILING(%s), 1)"
 
 
-@dataclasses.dataclass
+@dataclass(eq=False)
 class _SqliteGuard(_Guard):
     """Makes SQLite's transaction cover DDL; its ``BEGIN IMMEDIATE`` is the lock."""
 
