@@ -1544,15 +1544,17 @@ class _Run:
     @contextmanager
     def held(self) -> _Block:
         """Hold the lock, and see what becomes of transactions."""
-        # For the run, as it takes SQLAlchemy long to add and remove a listener.
-        listening = _listening(
-            self.connection,
-            commit=self.on_commit,
-            rollback=self.on_rollback,
-            before_cursor_execute=self.on_statement,
-        )
-
-        with self.guard.held(), listening:
+        # Once a run, as it takes SQLAlchemy long to add a listener; and after those of
+        # the guard, which may refuse a commit.
+        with (
+            self.guard.held(),
+            _listening(
+                self.connection,
+                commit=self.on_commit,
+                rollback=self.on_rollback,
+                before_cursor_execute=self.on_statement,
+            ),
+        ):
             yield
 
     def steps(self, heads: Any, context: Any) -> cabc.Iterator[Any]:
@@ -1572,10 +1574,12 @@ class _Run:
             call = partial(self.call, step, step.migration_fn)
             # Alembic reads its name.
             step.migration_fn = update_wrapper(call, step.migration_fn)
+            self.committed = False
             yield step
 
+            # Its row is committed too, before the next revision: an empty block commits
+            # and begins. Where each revision is a transaction, Alembic has done so.
             if self.committed and self.connection.in_transaction():
-                # Its row is committed too: both, or neither.
                 with self.context.autocommit_block():
                     pass
 
@@ -1628,7 +1632,6 @@ class _Run:
 
         self.guard.check(self.heads)
         self.step = step
-        self.committed = False
         self.was_open = False
         self.look()
         self.is_working = True
@@ -1661,7 +1664,8 @@ class _Run:
     def look(self) -> None:
         """See what only the driver knows, as after ``op.execute("COMMIT")``."""
         is_lost = self.connection.closed or self.connection.invalidated
-        is_open = not is_lost and _is_in_transaction(self.driver)
+        # What is lost with its connection was not committed.
+        is_open = is_lost or _is_in_transaction(self.driver)
 
         if self.was_open and not is_open:
             self.committed = True
@@ -1685,8 +1689,12 @@ class _Run:
         if re.match(r"(?i)\s*(ROLLBACK|ABORT)\b(?!.*\bTO\b)", statement):
             raise FlaskAlembicError("A 'ROLLBACK' would undo the revisions before it.")
 
-        if self.database.is_sqlite and not self.was_open:
-            self.committed = True  # each statement commits what it does
+        # On SQLite, without a transaction each statement commits what it does.
+        commits = self.database.is_sqlite and not self.was_open
+
+        # At a second look, the driver may be in the next transaction already.
+        if commits or re.search(r"(?i)\bCOMMIT\b", statement):
+            self.committed = True
 
         return statement, parameters
 

@@ -3734,6 +3734,12 @@ def test_note_of_a_failure_is_true(
         ),
         on("sqlite", {}, f"{CREATE_EARLY_BY_SCRIPT}{CALL_TEST}", name="commit-fails"),
         on("sqlite", {}, f"{CREATE_EARLY}{CALL_TEST}", name="own-commit-fails"),
+        on(
+            "sqlite",
+            {},
+            f"{CREATE_EARLY}op.execute('DELETE FROM parent')\n{CALL_TEST_IN_BLOCK}",
+            name="block-refused",
+        ),
         on("sqlite", {}, f"{CREATE_EARLY_AND_ROLL_BACK}1 / 0", name="rolled-back"),
         on(
             "sqlite",
@@ -3806,6 +3812,8 @@ def test_rollback_does_not_undo_the_revisions_before(
         on("sqlite", COMMIT),
         on("postgresql", COMMIT),
         on("postgresql", CREATE_INDEX_IN_BLOCK, name="block"),
+        on("postgresql", 'op.execute("COMMIT AND CHAIN")', name="chain"),
+        on("postgresql", 'op.execute("COMMIT; BEGIN")', name="begin"),
         on("mariadb", COMMIT),
     ],
 )
@@ -3829,6 +3837,21 @@ def test_what_has_committed_is_recorded(
     project.write("r2", "r1", RAISE_PRICE)
     assert project.upgrade() == ["r2"]
     assert query(project.url, "SELECT cents FROM price") == [(10000,)]
+
+
+@mark.postgresql
+def test_what_follows_a_commit_is_rolled_back(make_project: MakeProject) -> None:
+    """With the note of a revision that committed nothing."""
+    project = make_project("postgresql")
+    project.write("r1", None, CREATE_EARLY_AND_COMMIT)
+    project.write("r2", "r1", CREATE_USERS)
+    project.write("r3", "r2", "1 / 0")
+
+    with raises(ZeroDivisionError) as caught:
+        project.upgrade()
+
+    assert "stamp" not in all_notes(caught.value)
+    assert (project.versions, project.tables) == ({"r1"}, {"early"})
 
 
 @mark.parametrize(
@@ -4036,7 +4059,10 @@ def test_lost_connection_is_told(
     with raises(DBAPIError) as caught:
         project.upgrade()
 
-    assert all_notes(caught.value).startswith("Revision 'aa' ")
+    notes = all_notes(caught.value)
+    assert notes.startswith("Revision 'aa' ")
+    # PostgreSQL rolls back what its client did not commit.
+    assert ("stamp" in notes) == (kind == "mariadb")
     project.write("aa")
     assert project.upgrade() == ["aa"]
 
