@@ -901,7 +901,7 @@ def _find_home(root: str, location: Any) -> str:
 
 def _versions_folder(home: str) -> str:
     """The folder of revisions: ``versions``, as in Alembic's layout, or ``home``."""
-    if os.path.isfile(f"{home}/env.py") or glob(f"{home}/versions/*.py"):
+    if os.path.isfile(f"{home}/env.py") or glob("*.py", root_dir=f"{home}/versions"):
         return f"{home}/versions"
 
     return home
@@ -2082,6 +2082,7 @@ def _wait(name: str, settings: _Settings, attempt: cabc.Callable[[], bool]) -> N
     """Try for a lock until it is ours, with a pause that grows."""
     timeout = settings.migration_lock_timeout
     began = time.monotonic()
+    patience = 1
 
     while not attempt():
         waited = time.monotonic() - began
@@ -2089,7 +2090,8 @@ def _wait(name: str, settings: _Settings, attempt: cabc.Callable[[], bool]) -> N
         if timeout is not None and waited >= timeout:
             raise MigrationLockTimeout(name, waited)
 
-        if waited > 1:
+        if waited > patience:
+            patience *= 4
             _logger.info(f"Waiting for the lock to migrate '{name}' ({waited:.0f} s).")
 
         time.sleep(min(0.02 + waited / 4, 0.5))
@@ -2304,8 +2306,9 @@ def _find_parents(session: _Session, script: Any, request: _Request) -> list[Scr
 
 def _check_names(rev_id: str, labels: set[Any], taken: set[str]) -> None:
     """Refuse an id or labels that would break the history."""
-    # For ids, the column has 32 characters; a '-' in them, Alembic itself refuses.
-    form = r"\w[\w.-]{0,31}"
+    # For ids, the column has 32 characters, and Alembic refuses a '-'. A label that
+    # ends as '-2' does would be taken for a count.
+    form = r"(?!.*-\d+$)\w[\w.-]{0,31}"
 
     for name in (rev_id, *labels):
         if not isinstance(name, str) or name in taken or not re.fullmatch(form, name):

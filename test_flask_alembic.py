@@ -3420,6 +3420,23 @@ def test_waiting_for_the_lock_is_told_and_can_be_interrupted(
     assert sqlite_project.tables == {"users"}
 
 
+def test_waiting_is_told_now_and_then(
+    make_project: MakeProject, make_engine: MakeEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    """After 1, 4, 16 ... seconds, not at each attempt."""
+    project = make_project("sqlite", migration_lock_timeout=1.9)
+    project.write("aa")
+    caplog.set_level("INFO", "flask_alembic")
+
+    with make_engine(project.url).connect() as other:
+        other.exec_driver_sql("BEGIN IMMEDIATE")
+
+        with raises(MigrationLockTimeout):
+            project.upgrade()
+
+    assert [x[:15] for x in caplog.messages] == ["Waiting for the"]
+
+
 def test_lock_timeout_is_kept_at_a_locked_sqlite_file(
     make_project: MakeProject, make_database: MakeDatabase, make_engine: MakeEngine
 ) -> None:
@@ -4506,6 +4523,7 @@ def test_env_py_is_said_not_to_run(make_project: MakeProject, tmp_path: Path) ->
         {"label": "head"},
         {"label": ""},
         {"label": "a@b"},
+        {"label": "release-2"},
         {"rev_id": "aa"},
         {"rev_id": "known"},
         {"rev_id": "base"},
