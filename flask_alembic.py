@@ -25,7 +25,6 @@ import sys
 import threading
 import time
 import traceback
-from collections import Counter
 from contextlib import ExitStack
 from contextlib import contextmanager
 from contextlib import redirect_stdout
@@ -151,7 +150,7 @@ class FlaskAlembicError(RuntimeError):
 
 
 class MigrationLockTimeout(FlaskAlembicError):
-    """Another held the migration lock of ``database`` for all of ``seconds``."""
+    """Another process, or thread, held the lock of ``database`` for ``seconds``."""
 
     def __init__(self, database: str, seconds: float) -> None:
         self.database = database
@@ -222,7 +221,10 @@ class Alembic:
         if name:
             app.cli.add_command(cli, name)
 
-        if self.run_mkdir if run_mkdir is None else run_mkdir:
+        if run_mkdir is None:
+            run_mkdir = self.run_mkdir
+
+        if run_mkdir:
             settings = _read_settings(app)  # not kept: it may still change
 
             with suppress(FlaskAlembicError):
@@ -263,7 +265,10 @@ class Alembic:
 
     @property
     def migration_contexts(self) -> dict[str, MigrationContext]:
-        """A migration context per database, connected until the app context ends."""
+        """A migration context per database, connected until the app context ends.
+
+        Within a revision, or a function of :meth:`run_sync`, until that ends.
+        """
         session = self._session()
 
         for name in session.databases:
@@ -368,7 +373,7 @@ class Alembic:
         rev_id: str | None = None,
         splice: bool = False,
     ) -> Script:
-        """Write a revision that joins others, in the folder of the first of them.
+        """Write a revision that joins others, in the folder of the first one's branch.
 
         :param revisions: At least two; ``users@head`` is the head of a branch.
         :param message: First line of the file; ``merge heads`` when left out.
@@ -450,9 +455,10 @@ class Alembic:
         """Run steps on the databases: the one way of every migration.
 
         All locks are taken, then all transactions opened, the steps run, all committed.
-        On SQLite, MySQL and MariaDB each revision is a transaction of its own, which on
-        SQLite is also the lock. The error of a run that failed has a note that says
-        where each database stands.
+        On SQLite, MySQL and MariaDB each revision is a transaction of its own; on
+        SQLite that is also the lock, which between two revisions is free. What a caller
+        has not committed is rolled back first. The error of a run that failed has a
+        note that says where each database stands.
 
         :param fn: ``fn(heads, migration_context)`` returns the steps, perhaps anew.
         :param kwargs: Passed to each ``upgrade`` or ``downgrade`` function.
@@ -471,7 +477,7 @@ class Alembic:
         start: str = "base",
         **options: Unpack[RunOptions],
     ) -> dict[str, str]:
-        """Make an upgrade's SQL, by database; only to read ``current`` it connects."""
+        """Make an upgrade's SQL, by database; connects only if start is ``current``."""
         return self._call(_run_offline, _Job("upgrade", target, start), **options)
 
     def downgrade_sql(
@@ -678,18 +684,20 @@ class _Session:
         """The option that names a database, where there are several."""
         return f" -n {name}" if len(self.all_databases) > 1 else ""
 
-    def connect(self, name: str, is_new: bool = False) -> sa.Connection:
-        """The connection to a database: that which is open, or a new one."""
+    def connect(self, name: str, private: bool = False) -> sa.Connection:
+        """The connection to a database: that which is open, or a new one.
+
+        A private one is new, and never goes to the application's pool.
+        """
         database = self.databases[name]
         is_async = database.engine.dialect.is_async
         key = name, database.engine
 
-        if is_new or key not in self.connections:
+        if private or key not in self.connections:
             if is_async and self.outer is None:
                 raise FlaskAlembicError(f"'{name}' is async: use it in 'run_sync(fn)'.")
 
-            has_own_pool = is_new or is_async
-            self.connections[key] = _connect(database, has_own_pool, self._open)
+            self.connections[key] = _connect(database, private or is_async, self._open)
 
         return self.connections[key]
 
@@ -1201,14 +1209,14 @@ def _unknown_error(session: _Session, name: str, unknown: _Names) -> Exception:
 
 def _typed(words: str) -> str:
     """One of our commands as it is typed in this application."""
-    name = _set_up("alembic")._get_cache().command_name or "db"
+    name = _extension()._get_cache().command_name or "db"
     return f"'flask {name} {words}'"
 
 
 # -- Environment -----------------------------------------------------------------------
 # The job and its steps, the files, the connections, and the run: one attempt on one
-# database. A server that tells in its own way whether a transaction is open is added in
-# '_is_in_transaction'; its lock in the next room.
+# database. A driver that tells in its own way whether a transaction is open is added in
+# '_is_in_transaction'; a server's lock under 'Guards'.
 # Only here are Alembic's private names touched.
 
 
@@ -1223,13 +1231,12 @@ class _Job(NamedTuple):
     progress: Progress | None = None
 
 
-def _job_steps(session: _Session, heads: Any, context: Any) -> list[Any]:
+def _job_steps(session: _Session, rows: Any, context: Any) -> list[Any]:
     """The steps of a session's job from the ids in a version table."""
     # Read when the lock is held: the files may have changed while we waited.
     script: Any = session.extension.script_directory
     job = session.job
     target = session.target
-    rows = tuple(heads)
     unknown = _unknown_ids(script, rows)
 
     if unknown:
@@ -1280,16 +1287,16 @@ def _stamp_steps(script: Any, rows: set[str], target: Any) -> list[Any]:
     above = history._get_descendant_nodes(  # noqa: SLF001
         named, include_dependencies=False
     )
-    lost = {*above} - {*named}
+    undone = {*above} - {*named}
 
     for name in _as_list(target):
         if not _scripts(script, name):  # 'base' or 'branch@base'
             lineage = history.filter_for_lineage(applied, name)
-            lost.update(script.get_revisions(lineage))
+            undone.update(script.get_revisions(lineage))
 
-    # What depends on something that is lost is lost as well.
-    gone = history._get_descendant_nodes(lost)  # noqa: SLF001
-    applied.difference_update(each.revision for each in gone)
+    # And all that follows or depends on something that is undone.
+    and_above = history._get_descendant_nodes(undone)  # noqa: SLF001
+    applied.difference_update(each.revision for each in and_above)
     applied.update(_below(script, (each.revision for each in named)))
     wanted = applied.copy()
 
@@ -1587,8 +1594,7 @@ class _Run:
             self.session.ran[script.revision] = script
 
             if progress is not None:
-                seconds = time.monotonic() - began
-                progress(self.name, script, place, len(steps), seconds)
+                progress(self.name, script, place, len(steps), time.monotonic() - began)
 
     def call(self, step: Any, function: Any, /, **kwargs: Any) -> None:
         """Call the function of a revision, unless it is not for this database."""
@@ -1597,24 +1603,26 @@ class _Run:
 
         databases = self.session.all_databases
         name = self.name
-        found = {name}  # the databases that it is for
+        made_for = {name}
 
         if "engine_name" in inspect.signature(function).parameters:
             prefix = "upgrade_" if step.is_upgrade else "downgrade_"
             names = vars(step.revision.module)
             suffixes = {x.removeprefix(prefix) for x in names if x.startswith(prefix)}
-            found = suffixes or found
+            made_for = suffixes or made_for
 
-            if name == "default" and "" in found:  # as Flask-Migrate names it
+            if name == "default" and "" in made_for:  # as Flask-Migrate names it
                 name = ""
 
             kwargs["engine_name"] = name
         elif len(databases) > 1:
-            found = {"default"}  # it is from before there was a second database
+            made_for = {"default"}  # it is from before there was a second database
 
-        if name in found:
+        # A database that came later is left out; but if one that the file names is
+        # gone, it was renamed, perhaps to this one.
+        if name in made_for:
             self.execute(step, partial(function, **kwargs))
-        elif found - {"", *databases}:  # else this one came later
+        elif made_for - {"", *databases}:
             raise _command_error(
                 f"{_title(step)} has no function for database '{name}': was it renamed?"
             )
@@ -1722,8 +1730,9 @@ class _Run:
         id_ = script.revision
         names = [id_]
 
+        # It is done and recorded: that of an upgrade is there, of a downgrade is gone.
         if (id_ in rows) == self.step.is_upgrade:
-            return line  # it is done, and recorded
+            return line
 
         if not self.step.is_upgrade:
             names = _as_list(script.down_revision) or [f"{id_}@base"]
@@ -1763,9 +1772,9 @@ def _attempt(session: _Session, fn: StepFunction, kwargs: _Options) -> None:
     for connection in session.connections.values():
         connection.rollback()
 
-    # A SQLite file that is locked is waited for by its guard.
-    with suppress(exc.OperationalError):
-        if session.job.kind != "own":
+    if session.job.kind != "own":
+        # A SQLite file may be locked: then all stay, and the guard waits for it.
+        with suppress(exc.OperationalError):
             names = _databases_to_run(session, fn)
 
     if not names:
@@ -1777,10 +1786,11 @@ def _attempt(session: _Session, fn: StepFunction, kwargs: _Options) -> None:
 
     try:
         with inner.entered(), ExitStack() as stack:
-            # All locks first, in the same order in every process.
+            # All locks first, in the same order in every process. SQLite's is taken as
+            # each transaction begins.
             for name in sorted(names):
-                is_new = not session.databases[name].is_sqlite
-                run = runs[name] = _Run(session, name, fn, inner.connect(name, is_new))
+                private = not session.databases[name].is_sqlite
+                run = runs[name] = _Run(session, name, fn, inner.connect(name, private))
                 inner.contexts[name] = run.context
                 stack.enter_context(run.held())
 
@@ -1835,12 +1845,16 @@ def _run_offline(session: _Session) -> dict[str, str]:
 
 
 # -- Guards ----------------------------------------------------------------------------
-# Around a run on a database: its lock, its limits, SQLite's transaction.
+# Around a run on a database: its lock, its limits, SQLite's transaction. For a fourth
+# server, add a class and a line in '_GUARDS'; then look at '_is_in_transaction' for its
+# drivers and at '_user_options' for what else it needs.
 
 
 @dataclass(eq=False)
 class _Guard:
-    """For servers without a lock of ours, and SQLite with 'transactional_ddl' off."""
+    """Does nothing: for offline runs, servers that have no lock of ours, and SQLite
+    with 'transactional_ddl' off.
+    """
 
     database: _Database
     connection: Any
@@ -1848,7 +1862,7 @@ class _Guard:
 
     @contextmanager
     def held(self) -> _Block:
-        """Hold the lock for a run, and keep the limits."""
+        """Be there for a run: hold a server's lock, keep the limits."""
         yield
 
     def check(self, heads: set[str]) -> None:
@@ -1858,14 +1872,14 @@ class _Guard:
 class _ServerGuard(_Guard):
     """Takes a lock of the server's session, which no commit in between gives up."""
 
-    take: str
-    release: str
-    limit: str
+    take: str  #: In SQL, true when the lock of ``:key`` was free, and is ours.
+    release: str  #: In SQL, true when it was ours.
+    limit: str  #: A statement that begins each transaction; '%s' are the seconds.
 
     @contextmanager
     def held(self) -> _Block:
         connection = self.connection
-        # An engine in AUTOCOMMIT has no transaction that could be rolled back.
+        # The engine's own may be AUTOCOMMIT, where nothing can be rolled back.
         connection.execution_options(isolation_level=connection.default_isolation_level)
 
         with _listening(connection, begin=self.on_begin):
@@ -1874,7 +1888,7 @@ class _ServerGuard(_Guard):
             try:
                 yield
             finally:
-                # What was lost has released the lock itself.
+                # With a lost connection, the server has released the lock.
                 with suppress(exc.SQLAlchemyError):
                     connection.rollback()
 
@@ -1922,13 +1936,13 @@ class _MysqlGuard(_ServerGuard):
 class _SqliteGuard(_Guard):
     """Makes SQLite's transaction cover DDL; its ``BEGIN IMMEDIATE`` is the lock."""
 
-    _was_free = False  #: Whether others could have had the lock since the last check.
+    _is_retaken = False  #: Whether the lock was taken anew since the last check.
 
     def __post_init__(self) -> None:
         self._driver = self.connection.connection.dbapi_connection
         self._cursor = self._driver.cursor()
         [self._enforced] = self.pragma("foreign_keys")
-        self._orphans = Counter[Any]()  # when the transaction began
+        self._orphans: _Options = {}  # when the transaction began
 
     @contextmanager
     def held(self) -> _Block:
@@ -1967,12 +1981,12 @@ class _SqliteGuard(_Guard):
         if not _is_in_transaction(self.connection.connection.driver_connection):
             _wait(self.database.name, self.settings, self.take)
 
-        if self._was_free and heads != _rows_of(self.database, self.connection):
+        if self._is_retaken and heads != _rows_of(self.database, self.connection):
             raise _OvertakenError(
                 f"Another process migrated '{self.database.name}': run again."
             )
 
-        self._was_free = False
+        self._is_retaken = False
 
     def on_begin(self, connection: Any) -> None:
         """Take the lock; in an ``autocommit_block()``, work as the application does."""
@@ -1981,7 +1995,7 @@ class _SqliteGuard(_Guard):
             return
 
         _wait(self.database.name, self.settings, self.take)
-        self._orphans = Counter(self.count_orphans())
+        self._orphans = self.count_orphans()
 
     def take(self) -> bool:
         """Try to begin a transaction, which has the lock."""
@@ -2003,13 +2017,13 @@ class _SqliteGuard(_Guard):
         finally:
             self.pragma(f"busy_timeout = {patience[0]}")
 
-        self._was_free = True
+        self._is_retaken = True
         return True
 
     def on_commit(self, connection: Any) -> None:
         """Refuse a transaction that adds rows which refer to nothing."""
         for name, count in self.count_orphans().items():
-            if count > self._orphans[name]:
+            if count > self._orphans.get(name, 0):
                 raise FlaskAlembicError(
                     f"Refused to orphan rows of '{name}' in '{self.database.name}'."
                 )
@@ -2114,7 +2128,7 @@ class _Request(NamedTuple):
     rev_id: str | None
 
 
-def _read(path: str) -> str:
+def _read_text(path: str) -> str:
     """The text of a file, however a version control system has ended the lines."""
     try:
         with open(path, encoding="utf-8") as file:
@@ -2132,9 +2146,9 @@ def _make_folders(settings: _Settings, metadatas: _Options) -> None:
         for folder in (settings.home, *settings.locations):
             os.makedirs(folder, exist_ok=True)
 
-        present = _read(settings.template)
+        present = _read_text(settings.template)
 
-        if len(metadatas) > 1 and present in ("", _read(generic)):
+        if len(metadatas) > 1 and present in ("", _read_text(generic)):
             shutil.copyfile(f"{templates}/multidb/script.py.mako", settings.template)
         elif not present:
             shutil.copyfile(generic, settings.template)
@@ -2147,7 +2161,7 @@ def _check_template(extension: Alembic) -> None:
     template = extension._get_cache().settings.template
     names = extension.metadatas
     # What Alembic's templates, and those that follow them, render operations by.
-    is_for_several = "_upgrades" in _read(template)
+    is_for_several = "_upgrades" in _read_text(template)
 
     if len(names) > 1:
         if not is_for_several:
@@ -2408,8 +2422,11 @@ def _context_options(session: _Session, name: str) -> _Options:
     }
 
     if len(session.all_databases) > 1:
-        text = _read(session.settings.template) if name == "default" else ""
-        token = "" if "bind_names" in text else name  # Flask-Migrate has no 'default'
+        token = name
+
+        if name == "default" and "bind_names" in _read_text(session.settings.template):
+            token = ""  # Flask-Migrate has no 'default'
+
         options["upgrade_token"] = f"{token}_upgrades"
         options["downgrade_token"] = f"{token}_downgrades"
 
@@ -2501,8 +2518,10 @@ _SECOND = r"down_revision|branch_labels|depends_on|revision\b[^=\n()]*=(?!=)"
 def _is_current(session: _Session) -> bool:
     """Whether surely nothing is to run; an import that would fail goes unseen."""
     settings = session.settings
-    odd = {"sourceless", "recursive_version_locations"}
-    odd &= settings.sections["alembic"].keys()
+    odd = settings.sections["alembic"].keys() & {
+        "sourceless",
+        "recursive_version_locations",
+    }
     # A subclass may see to it that other files or tables are looked at.
     asked = (type(session.extension), session.job.kind, session.job.target)
 
@@ -2537,7 +2556,7 @@ def _quick_heads(locations: _Names) -> set[str] | None:
 
     try:
         for path in _revision_files(locations):
-            id_, *parents = _read_ids(_read(path))
+            id_, *parents = _read_ids(_read_text(path))
             covered.update(parents)
 
             if id_ in below:
@@ -2580,7 +2599,7 @@ def _read_ids(text: str) -> list[str]:
 
 
 # -- Commands --------------------------------------------------------------------------
-# Each parses, calls one method and prints what it returns; any can be mounted anywhere.
+# Each parses, calls methods and prints what they return; any can be mounted anywhere.
 
 _VERBOSE = "flask_alembic.verbose"
 
@@ -2823,7 +2842,7 @@ def _db_stamp(targets: Any, **options: Any) -> None:
     if options["sql"] and options["purge"]:
         raise click.UsageError("Give either '--sql' or '--purge'.")
 
-    # Of a script, which it has printed, there is none.
+    # Of a script, which it has printed, '_run' returns None.
     _echo_scripts(_run("stamp", targets or ["heads"], **options) or ())
 
 
@@ -2894,11 +2913,11 @@ def _db_status(json: bool, **options: Any) -> None:
 
     for name, state in states.items():
         if json:
-            data[name] = state._asdict()
-            data[name]["pending"] = [
+            pending = [
                 {"revision": x.revision, "message": _summary(x), "path": x.path}
                 for x in state.pending
             ]
+            data[name] = state._asdict() | {"pending": pending}
             continue
 
         click.echo(f"{name}: {_status_words(state)}")
