@@ -1700,8 +1700,8 @@ class _Run:
         # On SQLite, without a transaction each statement commits what it does.
         commits = self.database.is_sqlite and not self.was_open
 
-        # At a second look, the driver may be in the next transaction already.
-        if commits or re.search(r"(?i)\bCOMMIT\b", statement):
+        # At the next look, the driver may be in another transaction already.
+        if commits or re.search(r"(?im)(^|;)\s*COMMIT\b", statement):
             self.committed = True
 
         return statement, parameters

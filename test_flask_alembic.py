@@ -3861,7 +3861,8 @@ def test_what_follows_a_commit_is_rolled_back(make_project: MakeProject) -> None
     """With the note of a revision that committed nothing."""
     project = make_project("postgresql")
     project.write("r1", None, CREATE_EARLY_AND_COMMIT)
-    project.write("r2", "r1", CREATE_USERS)
+    scratch = "op.execute('CREATE TEMP TABLE scratch (id INTEGER) ON COMMIT DROP')"
+    project.write("r2", "r1", f"{CREATE_USERS}\n{scratch}")
     project.write("r3", "r2", "1 / 0")
 
     with raises(ZeroDivisionError) as caught:
