@@ -35,7 +35,6 @@ from fnmatch import fnmatchcase
 from functools import cached_property
 from functools import partial
 from functools import update_wrapper
-from glob import glob
 from typing import TYPE_CHECKING
 from typing import Any
 from typing import NamedTuple
@@ -909,8 +908,10 @@ def _find_home(root: str, location: Any) -> str:
 
 def _versions_folder(home: str) -> str:
     """The folder of revisions: ``versions``, as in Alembic's layout, or ``home``."""
-    if os.path.isfile(f"{home}/env.py") or glob("*.py", root_dir=f"{home}/versions"):
-        return f"{home}/versions"
+    versions = f"{home}/versions"
+
+    if os.path.isfile(f"{home}/env.py") or any(_revision_files([versions])):
+        return versions
 
     return home
 
@@ -2555,11 +2556,11 @@ def _quick_heads(locations: _Names) -> set[str] | None:
     covered: set[str] = set()
 
     try:
-        for path in _revision_files(locations):
-            id_, *parents = _read_ids(_read_text(path))
+        for entry in _revision_files(locations):
+            id_, *parents = _read_ids(_read_text(entry.path))
             covered.update(parents)
 
-            if id_ in below:
+            if id_ in below or entry.is_symlink():
                 return None
 
             below[id_] = parents
@@ -2574,14 +2575,14 @@ def _quick_heads(locations: _Names) -> set[str] | None:
     return below.keys() - covered  # dependencies have no row: "real heads"
 
 
-def _revision_files(locations: _Names) -> cabc.Iterator[str]:
+def _revision_files(locations: _Names) -> cabc.Iterator[Any]:
+    """The files that Alembic loads, and all links: it goes by where they lead to."""
     for location in filter(os.path.isdir, locations):
         for entry in list(os.scandir(location)):
-            if entry.is_symlink():
-                raise ValueError("Alembic goes by the name that it leads to")
+            is_python = re.match(r"(?!\.#|__init__).*\.py$", entry.name)
 
-            if entry.is_file() and re.match(r"(?!\.#|__init__).*\.py$", entry.name):
-                yield entry.path
+            if entry.is_symlink() or (is_python and entry.is_file()):
+                yield entry
 
 
 def _read_ids(text: str) -> list[str]:
