@@ -101,6 +101,9 @@ _OWN_KEYS: _Options = {
     "exclude_tables": [],
 }
 _NO_CONNECTION = "Cannot connect to database"
+#: A commit that looking at the driver before and after it may not show, as there is a
+#: transaction at both looks, or (as after an ``autocommit_block()``) at none.
+_COMMIT = r"(?i)(^|;)\s*COMMIT\b(.*\bCHAIN\b|\s*;\s*(BEGIN|START)\b|[\s;]*$)"
 
 
 class RunOptions(TypedDict, total=False):
@@ -910,8 +913,10 @@ def _versions_folder(home: str) -> str:
     """The folder of revisions: ``versions``, as in Alembic's layout, or ``home``."""
     versions = f"{home}/versions"
 
-    if os.path.isfile(f"{home}/env.py") or any(_revision_files([versions])):
-        return versions
+    # One that cannot be read stops no application that never migrates.
+    with suppress(OSError):
+        if os.path.isfile(f"{home}/env.py") or any(_revision_files([versions])):
+            return versions
 
     return home
 
@@ -1676,14 +1681,15 @@ class _Run:
         # What is lost with its connection was not committed.
         is_open = is_lost or _is_in_transaction(self.driver)
 
-        if self.was_open and not is_open:
+        # Between two revisions, Alembic commits.
+        if self.is_working and self.was_open and not is_open:
             self.committed = True
 
         self.was_open = is_open
 
     def on_commit(self, connection: Any) -> None:
         """An ``autocommit_block()`` begins, or the revision calls ``commit()``."""
-        if self.is_working:  # else Alembic commits what it began
+        if self.is_working:
             self.committed = True
 
     def on_rollback(self, connection: Any) -> None:
@@ -1701,8 +1707,7 @@ class _Run:
         # On SQLite, without a transaction each statement commits what it does.
         commits = self.database.is_sqlite and not self.was_open
 
-        # At the next look, the driver may be in another transaction already.
-        if commits or re.search(r"(?im)(^|;)\s*COMMIT\b", statement):
+        if commits or re.search(_COMMIT, statement):
             self.committed = True
 
         return statement, parameters
@@ -1722,9 +1727,9 @@ class _Run:
 
         line = f"Database '{self.name}' {where}: what was not committed is rolled back."
 
-        is_undone = self.context.impl.transactional_ddl and not self.committed
+        is_undone = self.guard.rolls_back or self.context.impl.transactional_ddl
 
-        if self.step is None or is_undone:
+        if self.step is None or (is_undone and not self.committed):
             return line
 
         script = self.step.revision
@@ -1860,6 +1865,7 @@ class _Guard:
     database: _Database
     connection: Any
     settings: _Settings
+    rolls_back = False  #: Whether DDL is rolled back, whatever Alembic knows.
 
     @contextmanager
     def held(self) -> _Block:
@@ -1920,6 +1926,7 @@ class _ServerGuard(_Guard):
 
 
 class _PostgresqlGuard(_ServerGuard):
+    rolls_back = True
     take = "pg_try_advisory_lock(hashtextextended(:key, 0))"
     release = "pg_advisory_unlock(hashtextextended(:key, 0))"
     # For the transaction only: a pooler would pass a session's on. And 0 is no limit.
@@ -3020,14 +3027,8 @@ def _db_heads(resolve_dependencies: bool) -> None:
 @_command("branches")
 @_verbose
 def _db_branches() -> None:
-    """Show the revisions that several others follow, and which."""
-    alembic = _extension()
-
-    for script in alembic.branches():
-        _echo_scripts([script])
-
-        for each in _scripts(alembic.script_directory, sorted(script.nextrev)):
-            click.echo(f"    -> {each.revision}  {_summary(each)}")
+    """Show the revisions that several others follow; with -v, which."""
+    _echo_scripts(_extension().branches())
 
 
 @_command("log")
