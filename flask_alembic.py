@@ -1125,7 +1125,8 @@ def _check_history(scripts: list[Script]) -> None:
                 )
 
     for script in scripts:
-        needed = {*_as_list(script.down_revision), *_as_list(script.dependencies)}
+        needs = script.dependencies or None  # "" is none, to Alembic
+        needed = {*_as_list(script.down_revision), *_as_list(needs)}
         missing = _quoted(needed - paths.keys())
 
         if missing:

@@ -2596,6 +2596,13 @@ def test_a_caller_who_has_read_does_not_notice(project: Project) -> None:
             assert project.versions == {"aa"}
 
 
+def test_dependency_on_an_empty_text_is_none(sqlite_project: Project) -> None:
+    """As Alembic has it, and as histories of real applications are."""
+    sqlite_project.write("aa")
+    sqlite_project.write("bb", "aa", depends="")
+    assert sqlite_project.upgrade() == ["aa", "bb"]
+
+
 def test_missing_function_is_one_line(two_databases: Project) -> None:
     """The file is named; nothing is recorded."""
     two_databases.write("aa", functions="def upgrade_default(): pass")
