@@ -745,11 +745,7 @@ def _taking_turn(session: _Session) -> _Block:
         # To wait here would stop what we wait for, as another task of an event loop.
         raise FlaskAlembicError("This thread runs another migration already.")
 
-    _wait(
-        ", ".join(session.databases),
-        session.settings,
-        partial(lock.acquire, False),
-    )
+    _wait(", ".join(session.databases), session.settings, partial(lock.acquire, False))
     _turn.is_taken = True
 
     try:
@@ -1634,16 +1630,18 @@ class _Run:
                 f"{_title(step)} has no function for database '{name}': was it renamed?"
             )
 
-    def execute(self, step: Any, work: Any) -> Any:
+    def execute(self, step: Any, work: Any) -> None:
         """Do what a revision does, and see what becomes of the transaction."""
         if self.connection is None:
             try:
-                return work()
+                work()
             except Exception as error:
                 raise _command_error(
                     f"{_title(step)} cannot be written as SQL, without a connection:"
                     f" {error}"
                 ) from error
+
+            return
 
         self.guard.check(self.heads)
         self.step = step
@@ -2851,7 +2849,7 @@ def _db_stamp(targets: Any, **options: Any) -> None:
     if options["sql"] and options["purge"]:
         raise click.UsageError("Give either '--sql' or '--purge'.")
 
-    # Of a script, which it has printed, '_run' returns None.
+    # Where '_run' has printed a script, it returns None.
     _echo_scripts(_run("stamp", targets or ["heads"], **options) or ())
 
 

@@ -5083,7 +5083,7 @@ def assert_doubtful(folder: Path, source: str | bytes) -> None:
     """What cannot be read for certain makes it give up, beside a plain file."""
     plain = plain_source("beef", labels="side")
     location = write_sources(folder, plain)
-    assert flask_alembic._quick_heads([location]) == set({"beef"})
+    assert flask_alembic._quick_heads([location]) == {"beef"}
     write_sources(folder, plain, source)
     assert flask_alembic._quick_heads([location]) is None
 
