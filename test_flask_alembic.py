@@ -3093,6 +3093,16 @@ def test_in_memory_async_database_is_shared(make_async_project: MakeProject) -> 
     assert asyncio.run(use_engine(project, "SELECT id FROM users")) == []
 
 
+def test_error_of_an_async_run_stands_alone(async_project: Project) -> None:
+    """Its traceback does not begin with the event loop that was looked for."""
+    async_project.write("aa", None, "1 / 0")
+
+    with raises(ZeroDivisionError) as caught:
+        async_project.upgrade()
+
+    assert caught.value.__context__ is None
+
+
 def test_run_sync_is_the_door_to_the_low_level_objects(async_project: Project) -> None:
     """``op`` and the contexts are of use inside of it alone, nested too."""
     extension = async_project.alembic
