@@ -103,7 +103,7 @@ _OWN_KEYS: _Options = {
 _NO_CONNECTION = "Cannot connect to database"
 #: A commit that looking at the driver before and after it may not show, as there is a
 #: transaction at both looks, or (as after an ``autocommit_block()``) at none.
-_COMMIT = r"(?i)(^|;)\s*COMMIT\b(.*\bCHAIN\b|\s*;\s*(BEGIN|START)\b|[\s;]*$)"
+_COMMIT = r"(?is)(.*;)?\s*COMMIT\b([^;]*\bCHAIN\b|\s*;\s*(BEGIN|START)\b|[\s;]*$)"
 
 
 class RunOptions(TypedDict, total=False):
@@ -1101,12 +1101,6 @@ def _load_history(config: Config) -> tuple[ScriptDirectory, Any]:
     return script, signature
 
 
-def _signature(script: ScriptDirectory) -> list[Any]:
-    """What changes when a revision file is added, removed or changed."""
-    # Of a link itself, as an editor's lock is one to nowhere.
-    return [(path, path.lstat().st_mtime_ns) for path in _files_of(script)]
-
-
 def _check_history(scripts: list[Script]) -> None:
     """Name the files where two have one id, or what one follows is in none."""
     paths: _Options = {}
@@ -1193,10 +1187,10 @@ def _several_heads(heads: _Names) -> Exception:
     )
 
 
-def _unknown_ids(script: ScriptDirectory, rows: Any) -> list[str]:
+def _unknown_ids(script: ScriptDirectory, rows: Any) -> _Ids:
     """Ids in a version table that no revision file has; NULL is such a one."""
-    known = _revisions_by_id(script)
-    return [str(row) for row in rows if row not in known]
+    known = _revisions_by_id(script) if rows else ()
+    return tuple(str(row) for row in rows if row not in known)
 
 
 def _unknown_error(session: _Session, name: str, unknown: _Names) -> Exception:
@@ -1312,15 +1306,15 @@ def _stamp_steps(script: Any, rows: set[str], target: Any) -> list[Any]:
     return new + old
 
 
-def _files_of(script: Any) -> list[Any]:
-    """The paths that Alembic would load from; its public attribute has none of them."""
-    from alembic.script import Script
-
-    found: list[Any] = []
+def _signature(script: Any) -> _Options:
+    """What changes when a revision file is added, removed or changed."""
+    found: _Options = {}
+    pattern = "**/*.py" if script.recursive_version_locations else "*.py"
 
     for location in script._version_locations:  # noqa: SLF001
-        if location.exists():
-            found.extend(Script._list_py_dir(script, location))  # noqa: SLF001
+        for path in location.glob(pattern):
+            # Of a link itself, as an editor's lock is one to nowhere.
+            found[str(path)] = os.lstat(path).st_mtime_ns
 
     return found
 
@@ -1329,9 +1323,14 @@ def _load_files(script: Any) -> list[Script]:
     """Load the files one by one: Alembic, which loads all, names none that fails."""
     from alembic.script import Script
 
+    files: Any = []
     found = []
 
-    for path in dict.fromkeys(each.resolve() for each in _files_of(script)):
+    # Its public attribute has no paths.
+    for location in script._version_locations:  # noqa: SLF001
+        files += Script._list_py_dir(script, location)  # noqa: SLF001
+
+    for path in dict.fromkeys(each.resolve() for each in files):
         try:
             found.append(Script._from_path(script, path))  # noqa: SLF001
         except (Exception, SystemExit) as error:
@@ -1463,7 +1462,7 @@ def _status(session: _Session) -> dict[str, DatabaseStatus]:
     for name, context in session.extension.migration_contexts.items():
         rows = _heads_of(context)
         current = tuple(each for each in known if each.revision in rows)
-        unknown = tuple(_unknown_ids(script, rows))
+        unknown = _unknown_ids(script, rows)
         steps = [] if unknown else script._upgrade_revs("heads", rows)  # noqa: SLF001
         pending = tuple(step.revision for step in steps)
         result[name] = DatabaseStatus(current, heads, pending, unknown)
@@ -1706,7 +1705,7 @@ class _Run:
         # On SQLite, without a transaction each statement commits what it does.
         commits = self.database.is_sqlite and not self.was_open
 
-        if commits or re.search(_COMMIT, statement):
+        if commits or re.match(_COMMIT, statement):
             self.committed = True
 
         return statement, parameters
