@@ -1476,9 +1476,7 @@ def _needs_upgrade(session: _Session) -> bool:
 
 
 def _migrate(session: _Session) -> list[Script]:
-    if not _is_current(session):
-        session.extension.run_migrations(partial(_job_steps, session))
-
+    session.extension.run_migrations(partial(_job_steps, session))
     return list(session.ran.values())
 
 
@@ -1758,6 +1756,17 @@ def _run_online(session: _Session, fn: StepFunction, kwargs: _Options) -> None:
     """Run steps on a session's databases, anew where another process was faster."""
     session.ran.clear()
 
+    # What a caller has open is not ours to commit; and Alembic would not commit what
+    # it runs within a transaction of another.
+    for connection in session.connections.values():
+        connection.rollback()
+
+    for name, database in session.databases.items():
+        session.connect(name, private=not database.is_sqlite)
+
+    if _is_current(session):
+        return
+
     with _taking_turn(session):
         while True:
             try:
@@ -1770,11 +1779,6 @@ def _run_online(session: _Session, fn: StepFunction, kwargs: _Options) -> None:
 def _attempt(session: _Session, fn: StepFunction, kwargs: _Options) -> None:
     """Run steps once: on all databases or none, as far as they allow."""
     names = list(session.databases)
-
-    # What a caller has open is not ours to commit; and Alembic would not commit what
-    # it runs within a transaction of another.
-    for connection in session.connections.values():
-        connection.rollback()
 
     if session.job.kind != "own":
         # A SQLite file may be locked: then all stay, and the guard waits for it.
@@ -1793,8 +1797,7 @@ def _attempt(session: _Session, fn: StepFunction, kwargs: _Options) -> None:
             # All locks first, in the same order in every process. SQLite's is taken as
             # each transaction begins.
             for name in sorted(names):
-                private = not session.databases[name].is_sqlite
-                run = runs[name] = _Run(session, name, fn, inner.connect(name, private))
+                run = runs[name] = _Run(session, name, fn, inner.connect(name))
                 inner.contexts[name] = run.context
                 stack.enter_context(run.held())
 
