@@ -1607,8 +1607,11 @@ class _Run:
 
         if "engine_name" in inspect.signature(function).parameters:
             prefix = "upgrade_" if step.is_upgrade else "downgrade_"
-            names = vars(step.revision.module)
-            suffixes = {x.removeprefix(prefix) for x in names if x.startswith(prefix)}
+            suffixes = {
+                each.removeprefix(prefix)
+                for each in vars(step.revision.module)
+                if each.startswith(prefix)
+            }
             made_for = suffixes or made_for
 
             if name == "default" and "" in made_for:  # as Flask-Migrate names it
@@ -1708,7 +1711,7 @@ class _Run:
 
         return statement, parameters
 
-    def on_applied(self, *, heads: _Names, **_: Any) -> None:
+    def on_applied(self, heads: _Names, **_: Any) -> None:
         self.heads = {*heads}
 
     def outcome(self) -> str:
@@ -1832,7 +1835,7 @@ def _run_offline(session: _Session) -> dict[str, str]:
                 has_table = live._has_version_table()  # noqa: SLF001
         else:
             scripts = _scripts(session.extension.script_directory, start)
-            rows = tuple(each.revision for each in scripts)
+            rows = [each.revision for each in scripts]
 
         run = _Run(session, name, partial(_job_steps, session), heads=rows)
         dialect = run.context.dialect
@@ -1896,11 +1899,11 @@ class _ServerGuard(_Guard):
             try:
                 yield
             finally:
-                # With a lost connection, the server has released the lock.
                 with suppress(exc.SQLAlchemyError):
                     connection.rollback()
 
-                    if not self.ask(self.release):
+                    # With a lost connection, the server has released the lock.
+                    if not (connection.invalidated or self.ask(self.release)):
                         _logger.warning(
                             f"Lost the lock of '{self.database.name}', as by a pooler:"
                             " turn 'migration_lock' off."

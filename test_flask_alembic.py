@@ -3419,6 +3419,7 @@ def test_an_interrupt_tells_what_it_left(tmp_path: Path, project: Project) -> No
     assert result.returncode == 1
     assert "Revision 'aa'" in result.stderr
     assert ("stay" if kind == "mariadb" else "rolled back") in result.stderr
+    assert "pooler" not in result.stderr
     assert result.stderr.splitlines()[-1] == "Aborted!"
     assert project.tables == ({"users"} if kind == "mariadb" else set())
     assert project.versions == set()
@@ -4207,6 +4208,20 @@ def test_closed_bind_keeps_neither_lock_nor_limit(
     project.write("aa")
     project.write("bb", "aa")
     assert make_project(project.url).upgrade()[-1] == "bb"
+
+
+@mark.parametrize("kind", [on("postgresql"), on("mariadb")])
+def test_an_upgrade_takes_one_connection(make_project: MakeProject, kind: str) -> None:
+    """Its own: the application's pool has none after it, which a fork would share."""
+    project = make_project(kind)
+    project.write("aa")
+    made: list[object] = []
+    event.listen(project.engine, "connect", lambda *args: made.append(args))
+
+    for count, expected in enumerate((["aa"], []), 1):
+        assert project.upgrade() == expected
+        assert len(made) == count
+        assert cast(sa.QueuePool, project.engine.pool).checkedin() == 0
 
 
 @mark.postgresql
