@@ -2511,6 +2511,22 @@ def test_only_recursive_locations_are_walked(tmp_path: Path) -> None:
     assert "walked" in recursive[0]
 
 
+def test_a_change_below_is_seen(make_project: MakeProject) -> None:
+    """In a recursive location, beside an editor's lock, which is a link to nowhere."""
+    project = make_project("sqlite", recursive_version_locations=True)
+    project.write("aa")
+    (project.folder / ".#aa.py").symlink_to("somebody@host:1")
+    below = project.folder / "below"
+    below.mkdir()
+
+    with project.context() as extension:
+        assert ids(extension.heads()) == ["aa"]
+        write_revision(below, "bb", "aa")
+        assert ids(extension.heads()) == ["bb"]
+        write_revision(below, "bb", None)
+        assert ids(extension.heads()) == ["aa", "bb"]
+
+
 # -- Environment -----------------------------------------------------------------------
 
 
