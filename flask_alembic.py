@@ -1764,6 +1764,8 @@ def _run_online(session: _Session, fn: StepFunction, kwargs: _Options) -> None:
     for connection in session.connections.values():
         connection.rollback()
 
+    # That of the run serves to look as well: a second one is dear, and one that goes
+    # back to the application's pool may be shared by processes that fork later.
     for name, database in session.databases.items():
         session.connect(name, private=not database.is_sqlite)
 

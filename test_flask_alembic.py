@@ -2511,6 +2511,17 @@ def test_only_recursive_locations_are_walked(tmp_path: Path) -> None:
     assert "walked" in recursive[0]
 
 
+def test_file_that_two_locations_lead_to_is_one(make_project: MakeProject) -> None:
+    project = make_project("sqlite", version_locations=["again"])
+    project.write("aa")
+    again = project.folder.parent / "again"
+    again.rmdir()
+    again.symlink_to(project.folder)
+
+    with project.context() as extension:
+        assert ids(extension.heads()) == ["aa"]
+
+
 def test_a_change_below_is_seen(make_project: MakeProject) -> None:
     """In a recursive location, beside an editor's lock, which is a link to nowhere."""
     project = make_project("sqlite", recursive_version_locations=True)
