@@ -1309,7 +1309,7 @@ def _stamp_steps(script: Any, rows: set[str], target: Any) -> list[Any]:
 def _signature(script: Any) -> _Options:
     """What changes when a revision file is added, removed or changed."""
     found: _Options = {}
-    pattern = "**/*.py" if script.recursive_version_locations else "*.py"
+    pattern = "**/*.py" if script.recursive_version_locations else "*.py*"
 
     for location in script._version_locations:  # noqa: SLF001
         for path in location.glob(pattern):
@@ -1348,22 +1348,19 @@ def _connect(database: _Database, has_own_pool: bool, stack: ExitStack) -> Any:
     application's pool: it has a pool of its own.
     """
     engine: Any = database.engine
-    pool = engine.pool
 
     # SQLAlchemy 2.0 listens to no connection of an engine with options.
     while hasattr(engine, "_proxied"):
         engine = engine._proxied  # noqa: SLF001
 
     # An in-memory database lives in the one connection of its pool.
-    if has_own_pool and not isinstance(pool, sa.StaticPool):
-        pool = pool.recreate()
-        stack.callback(pool.dispose)
+    if has_own_pool and not isinstance(engine.pool, sa.StaticPool):
+        engine = copy.copy(engine)  # which has the listeners
+        engine.pool = engine.pool.recreate()
+        stack.callback(engine.pool.dispose)
 
     try:
-        if pool is engine.pool:
-            connection = engine.connect()
-        else:
-            connection = sa.Connection(engine, pool.connect())
+        connection = engine.connect()
     except Exception as error:
         # Without user and password, and the query, which may hold one too.
         place = engine.url._replace(username=None, password=None, query={})
