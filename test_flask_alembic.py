@@ -2098,6 +2098,10 @@ def test_message_shows_no_password(
         assert re.search(rf"'default'.*{driver}\W+127\.0\.0\.1\W+1\W+shop\b", text)
         assert "hidden" not in text
 
+    # Which an application catches that waits for its database.
+    with project.context() as extension, raises(DBAPIError):
+        extension.upgrade()
+
 
 @mark.parametrize("way", ["online", "script"])
 def test_naming_convention_names_what_revisions_make(
