@@ -1473,7 +1473,9 @@ def _needs_upgrade(session: _Session) -> bool:
 
 
 def _migrate(session: _Session) -> list[Script]:
-    session.extension.run_migrations(partial(_job_steps, session))
+    if not _is_current(session):
+        session.extension.run_migrations(partial(_job_steps, session))
+
     return list(session.ran.values())
 
 
@@ -1482,9 +1484,11 @@ def _databases_to_run(session: _Session, fn: StepFunction) -> list[str]:
     names = []
 
     for name, context in session.extension.migration_contexts.items():
-        # A purge deletes what the steps would be made from.
-        if session.job.purge or list(fn(_heads_of(context), context)):
-            names.append(name)
+        # A subclass may read more; what stays open would be taken for a caller's.
+        with _reading(context.connection):
+            # A purge deletes what the steps would be made from.
+            if session.job.purge or list(fn(_heads_of(context), context)):
+                names.append(name)
 
     return names
 
@@ -1756,19 +1760,6 @@ def _run_online(session: _Session, fn: StepFunction, kwargs: _Options) -> None:
     """Run steps on a session's databases, anew where another process was faster."""
     session.ran.clear()
 
-    # What a caller has open is not ours to commit; and Alembic would not commit what
-    # it runs within a transaction of another.
-    for connection in session.connections.values():
-        connection.rollback()
-
-    # That of the run serves to look as well: a second one is dear, and one that goes
-    # back to the application's pool may be shared by processes that fork later.
-    for name, database in session.databases.items():
-        session.connect(name, private=not database.is_sqlite)
-
-    if _is_current(session):
-        return
-
     with _taking_turn(session):
         while True:
             try:
@@ -1781,6 +1772,11 @@ def _run_online(session: _Session, fn: StepFunction, kwargs: _Options) -> None:
 def _attempt(session: _Session, fn: StepFunction, kwargs: _Options) -> None:
     """Run steps once: on all databases or none, as far as they allow."""
     names = list(session.databases)
+
+    # What a caller has open is not ours to commit; and Alembic would not commit what
+    # it runs within a transaction of another.
+    for connection in session.connections.values():
+        connection.rollback()
 
     if session.job.kind != "own":
         # A SQLite file may be locked: then all stay, and the guard waits for it.
@@ -1799,7 +1795,8 @@ def _attempt(session: _Session, fn: StepFunction, kwargs: _Options) -> None:
             # All locks first, in the same order in every process. SQLite's is taken as
             # each transaction begins.
             for name in sorted(names):
-                run = runs[name] = _Run(session, name, fn, inner.connect(name))
+                private = not session.databases[name].is_sqlite
+                run = runs[name] = _Run(session, name, fn, inner.connect(name, private))
                 inner.contexts[name] = run.context
                 stack.enter_context(run.held())
 
