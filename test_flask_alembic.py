@@ -2583,6 +2583,7 @@ def test_subclass_may_wrap_the_step_function(
     project.write("bb", "aa", f"{CREATE_EARLY_BY_SCRIPT}{CALL_TEST}")
     project.write("cc", "bb")
     project.upgrade("aa")
+    assert project.versions == {"aa"}
     move = "UPDATE alembic_version SET version_num = '{}'".format
 
     with project.context() as extension:
